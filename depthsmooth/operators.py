@@ -1,0 +1,69 @@
+"""What is applied over depth: each operator gives the stencil for L layers at a step."""
+
+import types
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from depthsmooth.stencil import Stencil, exists
+
+Operator = Callable[[int, jax.typing.ArrayLike], Stencil]
+"""``operator(layers, count)`` is the :class:`Stencil` for that many layers at step ``count``."""
+
+
+def window(alpha: optax.ScalarOrSchedule) -> Operator:
+    r"""Window Smoothing: every layer takes a share of its two neighbours.
+
+    .. math::
+        \tilde u_\ell = (1 - \alpha)\, u_\ell
+            + \tfrac{\alpha}{2} (u_{\ell-1} + u_{\ell+1})
+
+    and at the ends :math:`\tilde u_1 = (1 - \tfrac{\alpha}{2})\, u_1 +
+    \tfrac{\alpha}{2} u_2`, likewise for the last layer. The matrix is symmetric,
+    tridiagonal and doubly stochastic: the mean over depth and every update that
+    is constant over depth are kept. A component of frequency :math:`\omega` over
+    depth (:math:`\omega = \pi j / L` of the DCT) is multiplied by
+    :math:`1 - \alpha (1 - \cos\omega)`.
+
+    Args:
+      alpha: the share :math:`\alpha` taken from the neighbours, in [0, 1): a
+        number, an Optax schedule, or a traced scalar. Numbers are checked.
+
+    Returns:
+      The operator. With one layer, and with a plain ``alpha`` of 0, it is the
+      identity.
+
+    Raises:
+      ValueError: if ``alpha`` is a Python number outside [0, 1).
+
+    Example:
+      >>> window(0.5)(4, 0).weights
+      array([[0.  , 0.25, 0.25, 0.25],
+             [0.75, 0.5 , 0.5 , 0.75],
+             [0.25, 0.25, 0.25, 0.  ]])
+
+    References:
+      Meng, Sugolov, Papyan, `Gradient Smoothing
+      <https://arxiv.org/abs/2606.30813>`_, 2026 (Window Smoothing).
+    """
+    if isinstance(alpha, (int, float)) and not 0 <= alpha < 1:
+        raise ValueError(
+            f"alpha is {alpha}, but Window Smoothing needs 0 <= alpha < 1: it is the share "
+            "a layer's update takes from its two neighbours; the paper uses 0.1 and 0.2."
+        )
+
+    def operator(layers: int, count: jax.typing.ArrayLike) -> Stencil:
+        share = alpha(count) if callable(alpha) else alpha
+        known = isinstance(share, (int, float))
+        numeric: types.ModuleType = np if known else jnp
+        if not known:
+            # The widest float there is: an injected alpha may be as narrow as the params.
+            share = jnp.asarray(share, float)
+        neighbours = numeric.where(exists((-1, 1), layers), share / 2, 0.0)
+        weights = numeric.stack([neighbours[0], 1 - neighbours.sum(0), neighbours[1]])
+        return Stencil((-1, 0, 1), weights)
+
+    return operator

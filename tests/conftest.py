@@ -1,0 +1,22 @@
+"""Eight host devices, and settings that every test shares."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+)
+
+import hypothesis
+import jax
+import pytest
+
+# The first example of each shape compiles: a deadline would time the compiler.
+hypothesis.settings.register_profile("depthsmooth", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("depthsmooth")
+
+
+@pytest.fixture(scope="module")
+def strict():
+    """Lets nothing be promoted implicitly, neither dtypes nor ranks."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield

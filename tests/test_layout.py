@@ -1,0 +1,159 @@
+"""Depth: what users say and read, and every way in which it refuses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from depthsmooth import Depth, Place
+
+PARAMS = {
+    "embed": jnp.ones((8, 4)),
+    "layers": {"kernel": jnp.ones((6, 4, 4)), "bias": jnp.ones((6, 4))},
+    "head": {"layers_norm": jnp.ones(4)},
+}
+
+
+def test_is_a_mapping_from_path_to_place():
+    depth = Depth.from_rules({"layers/.*": 0}).resolve(PARAMS)
+    assert dict(depth) == {
+        "layers/kernel": Place("layers/.*", 6, 0, "rule"),
+        "layers/bias": Place("layers/.*", 6, 0, "rule"),
+    }
+    assert depth["layers/bias"].axis == 0
+    assert "embed" not in depth
+    assert len(depth) == 2
+
+
+def test_is_immutable_and_hashable():
+    rules = Depth.from_rules({"layers/.*": 0})
+    depth = rules.resolve(PARAMS)
+    assert {depth: 1}[Depth.from_rules({"layers/.*": 0}).resolve(PARAMS)] == 1
+    assert depth != rules
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        depth.leaves = ()
+
+
+def test_prints_as_a_table():
+    rules = Depth.from_rules({"layers/.*": 0})
+    assert str(rules) == "rule       axis\nlayers/.*     0\nnot matched with a tree yet"
+    assert str(rules.resolve(PARAMS)) == (
+        "group       layers  axis  leaves  parameters  found by\n"
+        "layers/.*        6     0       2         120  rule\n"
+        "left alone                     2          36\n"
+        "left alone: embed (8, 4), head/layers_norm (4,)"
+    )
+    assert "layers/.*" in repr(rules)
+
+
+def test_negative_axes_count_from_the_end_of_each_leaf():
+    params = {"kernel": jnp.ones((4, 5, 6)), "bias": jnp.ones((5, 6))}
+    depth = Depth.from_rules({".*": -1}).resolve(params)
+    assert (depth["kernel"].axis, depth["bias"].axis) == (2, 1)
+    assert "1, 2" in str(depth)
+
+
+def test_groups_may_have_different_layers():
+    params = {"encoder": jnp.ones((6, 4)), "decoder": jnp.ones((2, 4))}
+    depth = Depth.from_rules({"encoder": 0, "decoder": 0}).resolve(params)
+    assert (depth["encoder"].layers, depth["decoder"].layers) == (6, 2)
+
+
+def test_no_rules_place_nothing():
+    depth = Depth.from_rules({})
+    assert len(depth.resolve(PARAMS)) == 0
+
+
+def test_reads_paths_shapes_and_dtypes_only():
+    abstract = jax.eval_shape(lambda: PARAMS)
+    rules = Depth.from_rules({"layers/.*": 0})
+    assert rules.resolve(abstract) == rules.resolve(PARAMS)
+
+
+def test_a_tree_without_leaves_is_no_error():
+    rules = Depth.from_rules({"layers/.*": 0})
+    for empty in (None, {}, optax.MaskedNode()):
+        assert rules.resolve(empty) == rules
+
+
+def test_masked_leaves_may_be_all_that_a_rule_matches():
+    masked = PARAMS | {"layers": {"kernel": optax.MaskedNode(), "bias": optax.MaskedNode()}}
+    assert len(Depth.from_rules({"layers/.*": 0}).resolve(masked)) == 0
+    traced = Depth.from_rules({"layers/.*": 0}).resolve(PARAMS)
+    assert len(traced.resolve(masked)) == 0
+    assert len(traced.resolve(PARAMS | {"layers": optax.MaskedNode()})) == 0
+
+
+def test_a_resolved_depth_needs_its_own_tree():
+    depth = Depth.from_rules({"layers/.*": 0}).resolve(PARAMS)
+    with pytest.raises(ValueError, match=r"None of the 2 .* layers/.* params/layers/bias \(6, 4\)"):
+        depth.resolve({"params": PARAMS})
+    fewer = {"layers": {"kernel": jnp.ones((5, 4, 4))}}
+    with pytest.raises(ValueError, match=r"layers/kernel \(5, 4, 4\) .* 6 layers on axis 0"):
+        depth.resolve(fewer)
+
+
+@pytest.mark.parametrize(
+    ("rules", "params", "message"),
+    [
+        (
+            {"layer/.*": 0},
+            PARAMS,
+            r"'layer/\.\*' matches no leaf.* layers/kernel \(6, 4, 4\).*Correct the pattern",
+        ),
+        (
+            {"kernel": 0},
+            PARAMS,
+            r"'kernel' matches no leaf.*whole path",
+        ),
+        (
+            {"layers/.*": 2},
+            PARAMS,
+            r"layers/bias \(6, 4\) has no axis 2.*'layers/\.\*'.*Correct the axis",
+        ),
+        (
+            {".*": -2},
+            PARAMS,
+            r"head/layers_norm \(4,\) has no axis -2",
+        ),
+        (
+            {"layers/.*": 0, ".*kernel": 1},
+            PARAMS,
+            r"layers/kernel \(6, 4, 4\) is matched by two rules, 'layers/\.\*' and '\.\*kernel'",
+        ),
+        (
+            {"layers/.*|embed": 0},
+            PARAMS,
+            r"layers/bias \(6, 4\) has 6 layers on axis 0, but embed \(8, 4\).*has 8.*a rule of its",
+        ),
+        (
+            {"steps": 0},
+            {"steps": jnp.ones(6, "int32")},
+            r"steps \(6,\) is of type int32.*optax\.masked",
+        ),
+        (
+            {"a/b": 0},
+            {"a": {"b": jnp.ones(6)}, "a/b": jnp.ones(6)},
+            r"a/b \(6,\) is the path of 2 leaves.*Rename",
+        ),
+    ],
+)
+def test_refuses_with_path_shape_and_remedy(rules, params, message):
+    with pytest.raises(ValueError, match=message):
+        Depth.from_rules(rules).resolve(params)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"layers/(": 0}, r"'layers/\(' is no regular expression"),
+        ({"layers": "0"}, r"'layers' has the axis '0'"),
+        ({"layers": True}, r"'layers' has the axis True"),
+        ({"layers": 0.0}, r"'layers' has the axis 0\.0"),
+    ],
+)
+def test_refuses_rules_that_are_none(rules, message):
+    with pytest.raises(ValueError, match=message):
+        Depth.from_rules(rules)

@@ -1,0 +1,360 @@
+"""trace_depth is exact: real Flax models, and loops that are not over layers."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from depthsmooth import Depth, DepthNotFoundError, trace_depth
+
+
+def float32(*shape):
+    return jax.ShapeDtypeStruct(shape, "float32")
+
+
+class Block(nn.Module):
+    """Attention and MLP, normalised before, with a dropout that needs a key."""
+
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x, deterministic):
+        h = nn.LayerNorm(dtype=self.dtype)(x)
+        mask = nn.make_causal_mask(x[..., 0])
+        h = nn.MultiHeadDotProductAttention(2, dtype=self.dtype)(h, mask=mask)
+        x = x + nn.Dropout(0.1, deterministic=deterministic)(h)
+        h = nn.Dense(16, dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(x))
+        return x + nn.Dense(8, dtype=self.dtype)(nn.gelu(h)), None
+
+
+class Model(nn.Module):
+    """Stacks of scanned blocks between an embedding and a head that shares it."""
+
+    axis: int = 0
+    depths: tuple = (3,)
+    remat: bool = False
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, tokens, deterministic=True):
+        embed = nn.Embed(11, 8)
+        x = embed(tokens) + self.param("positions", nn.initializers.normal(), (5, 8))
+        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        for stack, depth in enumerate(self.depths):
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": self.axis},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,
+                length=depth,
+            )
+            x, _ = scanned(self.dtype, name=f"stack_{stack}")(x, deterministic)
+        return embed.attend(nn.LayerNorm()(x))
+
+
+TOKENS = jax.ShapeDtypeStruct((2, 5), "int32")
+
+
+def abstract_params(model):
+    return jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+
+
+def assert_exact(depth, params, axis, depths):
+    """Every leaf under stack_k is depth on the axis, and no other leaf is."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        stack = [k for k in range(len(depths)) if f"params/stack_{k}/" in path]
+        if not stack:
+            assert path not in depth
+            continue
+        place = depth[path]
+        assert place.axis == axis % leaf.ndim
+        assert place.layers == depths[stack[0]] == leaf.shape[place.axis]
+        assert place.group == f"params/stack_{stack[0]}"
+    assert len(depth) == 16 * len(depths)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("remat", [False, True], ids=["plain", "remat"])
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "grad"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("depths", [(3,), (4, 2)], ids=["one stack", "two stacks"])
+def test_flax_scan(axis, remat, grad, dtype, depths):
+    model = Model(axis=axis, depths=depths, remat=remat, dtype=dtype)
+    params = abstract_params(model)
+
+    def loss(params, tokens, key):
+        logits = model.apply(params, tokens, deterministic=False, rngs={"dropout": key})
+        return logits.astype("float32").var()
+
+    fn = jax.jit(jax.value_and_grad(loss)) if grad else loss
+    depth = trace_depth(fn, params, TOKENS, jax.random.key(1))
+    assert_exact(depth, params, axis, depths)
+
+
+def test_layers_that_are_as_many_as_everything_else():
+    """Shapes say nothing here: all sizes are 8."""
+    model = Model(depths=(8,), axis=1)
+    params = abstract_params(model)
+    assert_exact(trace_depth(model.apply, params, TOKENS), params, 1, (8,))
+
+
+def test_one_layer_is_depth_too():
+    model = Model(depths=(1,), axis=1)
+    params = abstract_params(model)
+    assert_exact(trace_depth(model.apply, params, TOKENS), params, 1, (1,))
+
+
+def test_arrays_and_shapes_give_the_same_depth_and_nothing_is_computed():
+    model = Model()
+    params = abstract_params(model)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
+    assert trace_depth(model.apply, zeros, jnp.zeros((2, 5), "int32")) == trace_depth(
+        model.apply, params, TOKENS
+    )
+    # 400 TB, more than any machine has.
+    huge = {"w": float32(100, 10**6, 10**6)}
+    x = float32(1, 10**6)
+    depth = trace_depth(lambda p, x: jax.lax.scan(lambda x, w: (x @ w, None), x, p["w"]), huge, x)
+    assert depth["w"].layers == 100
+
+
+def test_arguments_that_are_no_arrays_are_passed_on():
+    params = abstract_params(Model())
+
+    def forward(params, model, tokens, *, deterministic, note):
+        assert deterministic is True
+        assert note == "as it is"
+        return model.apply(params, tokens, deterministic=deterministic)
+
+    depth = trace_depth(forward, params, Model(), TOKENS, deterministic=True, note="as it is")
+    assert len(depth) == 16
+
+
+def test_prints_what_it_found():
+    model = Model(depths=(3, 2))
+    table = str(trace_depth(model.apply, abstract_params(model), TOKENS)).splitlines()
+    assert [line.split() for line in table[:4]] == [
+        ["group", "layers", "axis", "leaves", "parameters", "found", "by"],
+        ["params/stack_0", "3", "0", "16", "1,800", "trace"],
+        ["params/stack_1", "2", "0", "16", "1,200", "trace"],
+        ["left", "alone", "4", "144"],
+    ]
+    assert "params/Embed_0/embedding (11, 8)" in table[4]
+
+
+X = float32(2, 4)
+STACK = float32(3, 4, 4)
+
+
+def compose(x, w):
+    return jnp.tanh(x @ w), None
+
+
+def scan_once(params, x):
+    return jax.lax.scan(compose, x, params["w"])[0]
+
+
+LAYERS = {
+    "transposed before": (
+        lambda p, x: jax.lax.scan(compose, x, jnp.transpose(p["v"], (2, 1, 0)))[0],
+        {"v": 2},
+    ),
+    "cast, scaled and reshaped before": (
+        lambda p, x: jax.lax.scan(
+            lambda x, w: compose(x, w[0].astype("float32")),
+            x,
+            0.5 * p["w"].astype("bfloat16")[:, None],
+        )[0],
+        {"w": 0},
+    ),
+    "in a jitted function": (jax.jit(scan_once), {"w": 0}),
+    "in a branch": (
+        lambda p, x: jax.lax.cond(x.sum() > 0, scan_once, lambda p, x: x, p, x),
+        {"w": 0},
+    ),
+    "contracted in a branch": (
+        lambda p, x: jax.lax.scan(
+            lambda x, w: (jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x), None), x, p["w"]
+        )[0],
+        {"w": 0},
+    ),
+    "contracted in an inner loop": (
+        lambda p, x: jax.lax.scan(
+            lambda x, w: (jax.lax.scan(lambda c, r: (c + r @ w, r @ w), x[0], x)[1], None),
+            x,
+            p["w"],
+        )[0],
+        {"w": 0},
+    ),
+    "backwards": (
+        lambda p, x: jax.lax.scan(compose, x, p["w"], reverse=True)[0],
+        {"w": 0},
+    ),
+    "the slices stacked again and scanned": (
+        lambda p, x: jax.lax.scan(
+            compose, x, jax.lax.scan(lambda c, w: (c, 2 * w), 0.0, p["w"])[1]
+        )[0],
+        {"w": 0},
+    ),
+    "with a scale that is only multiplied": (
+        lambda p, x: jax.lax.scan(lambda x, l: (l[1] * (x @ l[0]), None), x, (p["w"], p["b"]))[0],
+        {"w": 0, "b": 0},
+    ),
+    "with what it starts from": (
+        lambda p, x: jax.lax.scan(compose, x + p["b"][0], p["w"])[0],
+        {"w": 0},
+    ),
+    "with a batch that is closed over": (
+        lambda p, x: jax.lax.scan(compose, jnp.ones((2, 4)), p["w"])[0],
+        {"w": 0},
+    ),
+    "under vmap over the batch": (
+        jax.vmap(lambda p, x: jax.lax.scan(compose, x, p["w"])[0], in_axes=(None, 0)),
+        {"w": 0},
+    ),
+}
+PARAMS = {"w": STACK, "v": float32(4, 4, 3), "b": float32(3, 4)}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_loops_over_layers(name):
+    fn, axes = LAYERS[name]
+    depth = trace_depth(fn, PARAMS, X)
+    assert {path: place.axis for path, place in depth.items()} == axes
+
+
+def experts_in_constants(p, x):
+    def body(total, expert):
+        return total + jax.nn.relu(x @ expert), None
+
+    return jax.lax.scan(body, jnp.zeros_like(x), p["w"])[0]
+
+
+def experts_with_the_input_in_the_carry(p, x):
+    def body(carry, expert):
+        x, total = carry
+        return (x, total + x @ expert), None
+
+    return jax.lax.scan(body, (x, jnp.zeros_like(x)), p["w"])[0][1]
+
+
+def experts_with_a_counter(p, x):
+    def body(carry, expert):
+        i, total = carry
+        routed = jax.lax.dynamic_index_in_dim(x, i % 2)
+        return (i + 1, total + routed @ expert), None
+
+    return jax.lax.scan(body, (0, jnp.zeros_like(x)), p["w"])[0][1]
+
+
+def vocabulary_in_chunks(p, x):
+    def body(total, chunk):
+        return jnp.logaddexp(total, jax.nn.logsumexp(x @ chunk, axis=-1)), None
+
+    return jax.lax.scan(body, jnp.full(2, -jnp.inf), p["w"])[0]
+
+
+def recurrent_with_learned_positions(p, x):
+    def body(state, position):
+        return jnp.tanh(state @ p["w"][0] + position), None
+
+    return jax.lax.scan(body, x, p["b"])[0]
+
+
+def one_layer_applied_again_and_again(p, x):
+    return jax.lax.scan(lambda x, _: compose(x, p["w"][0]), x, length=3)[0]
+
+
+def ensemble(p, x):
+    return jax.vmap(lambda w: x @ w)(p["w"])
+
+
+NOT_LAYERS = [
+    experts_in_constants,
+    experts_with_the_input_in_the_carry,
+    experts_with_a_counter,
+    vocabulary_in_chunks,
+    recurrent_with_learned_positions,
+    one_layer_applied_again_and_again,
+    ensemble,
+]
+
+
+@pytest.mark.parametrize("fn", NOT_LAYERS, ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "grad"])
+def test_loops_over_other_things(fn, grad):
+    def loss(p, x):
+        return fn(p, x).sum()
+
+    with pytest.raises(DepthNotFoundError, match=r"None of the 3 parameters.*from_rules"):
+        trace_depth(jax.grad(loss) if grad else loss, PARAMS, X)
+
+
+def test_experts_inside_layers():
+    def layer(x, layer):
+        def expert(total, w):
+            return total + x @ w, None
+
+        return jax.lax.scan(expert, x, layer)[0], None
+
+    params = {"experts": float32(5, 3, 4, 4)}  # experts outside, layers inside
+    depth = trace_depth(
+        lambda p, x: jax.lax.scan(layer, x, p["experts"].transpose(1, 0, 2, 3))[0], params, X
+    )
+    assert (depth["experts"].axis, depth["experts"].layers) == (1, 3)
+
+
+def test_a_function_called_twice_has_two_stacks():
+    run = jax.jit(lambda w, x: jax.lax.scan(compose, x, w)[0])
+    params = {"encoder": STACK, "decoder": STACK}
+    depth = trace_depth(lambda p, x: run(p["decoder"], run(p["encoder"], x)), params, X)
+    assert {place.group for place in depth.values()} == {"encoder", "decoder"}
+
+
+def test_stacks_without_a_common_path_keep_their_own_names():
+    params = {"a": STACK, "b": STACK, "c": STACK, "d": STACK}
+
+    def forward(p, x):
+        for stack in ((p["a"], p["b"]), (p["c"], p["d"])):
+            x, _ = jax.lax.scan(lambda x, w: (x @ w[0] @ w[1], None), x, stack)
+        return x
+
+    depth = trace_depth(forward, params, X)
+    assert {path: place.group for path, place in depth.items()} == {
+        "a": "layers",
+        "b": "layers",
+        "c": "layers (2)",
+        "d": "layers (2)",
+    }
+
+
+def test_an_axis_that_is_lost_on_the_way_is_not_guessed():
+    params = {"w": float32(12, 4), "v": STACK}
+
+    def forward(p, x):
+        w = p["w"].reshape(3, 4, 4)
+        return jax.lax.scan(lambda x, layer: (x @ layer[0] @ layer[1], None), x, (w, p["v"]))[0]
+
+    assert list(trace_depth(forward, params, X)) == ["v"]
+
+
+def test_two_axes_are_refused_with_path_and_shape():
+    params = {"w": float32(3, 2, 4, 4)}
+
+    def forward(p, x):
+        outer = lambda x, w: (jax.lax.scan(compose, x, w)[0], None)  # noqa: E731
+        return jax.lax.scan(outer, x, p["w"])[0]
+
+    with pytest.raises(ValueError, match=r"w \(3, 2, 4, 4\).*axes \[0, 1\].*from_rules"):
+        trace_depth(forward, params, X)
+
+
+def test_equals_the_rules_that_say_the_same():
+    model = Model(axis=-1)
+    params = abstract_params(model)
+    traced = trace_depth(model.apply, params, TOKENS)
+    said = Depth.from_rules({"params/stack_0/.*": -1}).resolve(params)
+    assert {path: (place.axis, place.layers) for path, place in traced.items()} == {
+        path: (place.axis, place.layers) for path, place in said.items()
+    }
