@@ -6,6 +6,7 @@ each. One deviation, on purpose: a single layer is the identity here, while thei
 it by 1 - alpha/2, as if its missing neighbours took their share with them.
 """
 
+import itertools
 import json
 import pathlib
 
@@ -31,7 +32,7 @@ def smooth(layers, alpha):
 def runs_of_present_layers(case):
     """A stack has no absent layers: the layers between two absent ones are a stack."""
     cuts = [-1, *case["missing"], case["layers"]]
-    return [slice(a + 1, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if b > a + 1]
+    return [slice(a + 1, b) for a, b in itertools.pairwise(cuts) if b > a + 1]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])

@@ -126,7 +126,7 @@ def test_a_resolved_depth_needs_its_own_tree():
         (
             {"layers/.*|embed": 0},
             PARAMS,
-            r"layers/bias \(6, 4\) has 6 layers on axis 0, but embed \(8, 4\).*has 8.*a rule of its",
+            r"layers/bias \(6, 4\) has 6 layers on axis 0, but embed \(8, 4\).*has 8.*own",
         ),
         (
             {"steps": 0},

@@ -198,7 +198,9 @@ LAYERS = {
         {"w": 0},
     ),
     "with a scale that is only multiplied": (
-        lambda p, x: jax.lax.scan(lambda x, l: (l[1] * (x @ l[0]), None), x, (p["w"], p["b"]))[0],
+        lambda p, x: jax.lax.scan(lambda x, wb: (wb[1] * (x @ wb[0]), None), x, (p["w"], p["b"]))[
+            0
+        ],
         {"w": 0, "b": 0},
     ),
     "with what it starts from": (
