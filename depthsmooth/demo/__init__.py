@@ -1,0 +1,1 @@
+"""A smoothed training run on real text: ``python -m depthsmooth.demo``."""

@@ -1,0 +1,165 @@
+"""Command line: trains AdamW, smoothed AdamW and its control on real text, and compares."""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+try:
+    import flax  # noqa: F401
+    import matplotlib  # noqa: F401
+    import rich.console
+    import scipy  # noqa: F401
+    import tqdm
+except ModuleNotFoundError as missing:
+    sys.exit(f"The demo needs {missing.name}: python -m pip install 'depthsmooth[demo]'")
+
+from depthsmooth.demo import report, text
+from depthsmooth.demo.results import Results
+from depthsmooth.demo.training import Arm, Config, Experiment, Run
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options, each with its help text."""
+    options = argparse.ArgumentParser(
+        prog="python -m depthsmooth.demo",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = options.add_argument
+    add("--layers", type=_positive, default=12, help="blocks in the transformer")
+    add("--width", type=_positive, default=32, help="width of the stream; an even number")
+    add("--steps", type=_positive, default=250, help="training steps in each run")
+    add("--batch", type=_positive, default=16, help="windows in a batch")
+    add("--context", type=_positive, default=32, help="bytes in a window")
+    add("--seeds", type=_positive, default=4, help="runs of each arm; 2 or more give intervals")
+    add(
+        "--alpha",
+        type=_alpha,
+        nargs="+",
+        default=[0.2],
+        help="smoothing: the share of an update that is taken from the two neighbours",
+    )
+    add("--learning-rate", type=_positive_float, default=3e-3, help="AdamW's peak learning rate")
+    add(
+        "--text",
+        type=pathlib.Path,
+        help="a file or a directory to learn from, in place of the source of Python's "
+        "standard library",
+    )
+    add(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("depthsmooth-demo"),
+        help="directory for results.json, loss.png and update-similarity.png",
+    )
+    add("--resume", action="store_true", help="go on from the finished runs in --out")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the demo; returns the exit status."""
+    options = parser()
+    given = options.parse_args(arguments)
+    out: pathlib.Path = given.out
+    existed = out.exists()
+    try:
+        if given.width % 2:
+            raise ValueError(f"--width {given.width} must be even: the blocks have 2 heads.")
+        corpus = text.load(given.text, given.context)
+        config = Config(
+            layers=given.layers,
+            width=given.width,
+            steps=given.steps,
+            batch=given.batch,
+            context=given.context,
+            learning_rate=given.learning_rate,
+            text=corpus.digest,
+        )
+        results = Results(out, config, resume=given.resume)
+    except ValueError as error:
+        options.error(str(error))
+    alphas = list(dict.fromkeys(given.alpha))
+    try:
+        _compare(Experiment(config, corpus), results, alphas, given.seeds)
+    except KeyboardInterrupt:
+        kept = f"The finished runs ({len(results.runs)}) are in {results.path}. "
+        print(f"\nInterrupted. {kept if results.runs else ''}Add --resume to go on.")
+        return 130
+    finally:
+        if not existed:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # only succeeds while it is empty
+    return 0
+
+
+def _compare(experiment: Experiment, results: Results, alphas: Sequence[float], seeds: int) -> None:
+    """Makes the runs that are missing, then reports."""
+    train, validation = len(experiment.text.train), len(experiment.text.validation)
+    print(f"Learning from {train:,} bytes, validating on {validation:,}. Smoothed over depth:\n")
+    print(experiment.depth, end="\n\n")
+    wanted = [
+        (arm, seed)
+        for seed in range(seeds)
+        for arm in [Arm(), *(Arm(alpha, control) for alpha in alphas for control in (False, True))]
+    ]
+    missing = [run for run in wanted if run not in results.runs]
+    with tqdm.tqdm(total=len(missing) * experiment.config.steps, unit="step") as bar:
+        for arm, seed in missing:
+            bar.set_description(f"seed {seed}, {_describe(arm)}")
+            results.add(_run(experiment, results, arm, seed, bar))
+    summary = report.Report(results.runs, alphas, seeds)
+    summary.save_pictures(results.path.parent)
+    results.write(summary.findings())
+    print()
+    rich.console.Console(width=None if sys.stdout.isatty() else 110).print(summary.table())
+    print(summary.verdict())
+    print(
+        f"\nWritten to {results.path.parent}{os.sep}: results.json, loss.png, update-similarity.png"
+    )
+
+
+def _run(
+    experiment: Experiment, results: Results, arm: Arm, seed: int, bar: "tqdm.tqdm[object]"
+) -> Run:
+    """One run, told on the progress bar. A control takes its factor from its arm's run."""
+    shrink = results.runs[Arm(arm.alpha), seed].shrink if arm.control else 1.0
+    for outcome in experiment.run(arm, seed, shrink):
+        if isinstance(outcome, Run):
+            return outcome
+        bar.set_postfix(loss=f"{outcome:.3f}", refresh=False)
+        bar.update()
+    raise AssertionError("a run ends with its outcome")
+
+
+def _describe(arm: Arm) -> str:
+    if not arm.alpha:
+        return "AdamW"
+    return f"control of {arm.alpha:g}" if arm.control else f"smoothed {arm.alpha:g}"
+
+
+def _positive(value: str) -> int:
+    number = int(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return number
+
+
+def _positive_float(value: str) -> float:
+    number = float(value)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} must be above 0")
+    return number
+
+
+def _alpha(value: str) -> float:
+    number = float(value)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be above 0 and below 1")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""What the runs show: paired statistics, a table, two pictures, and a verdict in words."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import matplotlib.axes
+import numpy as np
+import rich.box
+import rich.table
+import scipy.stats
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from depthsmooth.demo.results import replacing
+from depthsmooth.demo.training import Arm, Run
+
+Runs = Mapping[tuple[Arm, int], Run]
+ADAMW = Arm()
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Told apart by every kind of colour vision (Okabe and Ito)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A paired difference over seeds, in nats per byte; below 0 is better.
+
+    Attributes:
+      mean: over the seeds.
+      low: lower end of the 95 % t-interval; nan with one seed.
+      high: upper end.
+      better: number of seeds in which it is below 0.
+      seeds: number of seeds.
+    """
+
+    mean: float
+    low: float
+    high: float
+    better: int
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+    @classmethod
+    def between(cls, ours: Sequence[float], theirs: Sequence[float]) -> "Difference":
+        """The difference ours − theirs, seed by seed."""
+        pairs = np.subtract(ours, theirs)
+        low, high = _interval(pairs)
+        return cls(float(pairs.mean()), low, high, int((pairs < 0).sum()), len(pairs))
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % t-interval of the mean. Identical values are their own interval."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    interval = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    return float(interval.low), float(interval.high)
+
+
+class Report:
+    """Reads the runs of all arms over the same seeds."""
+
+    def __init__(self, runs: Runs, alphas: Sequence[float], seeds: int) -> None:
+        self.runs = runs
+        self.alphas = alphas
+        self.seeds = range(seeds)
+        self.arms = [ADAMW]
+        for alpha in alphas:
+            self.arms += [Arm(alpha), Arm(alpha, control=True)]
+
+    def of(self, arm: Arm) -> list[Run]:
+        """The arm's runs, seed by seed."""
+        return [self.runs[arm, seed] for seed in self.seeds]
+
+    def name(self, arm: Arm) -> str:
+        """What the arm is called in the table and the pictures."""
+        if arm.control:
+            return f"AdamW, layers × {np.mean([run.shrink for run in self.of(arm)]):.3f}"
+        return f"AdamW, smoothed {arm.alpha:g}" if arm.alpha else "AdamW"
+
+    def final(self, arm: Arm) -> list[float]:
+        """Final validation loss, seed by seed."""
+        return [run.validation_loss[-1] for run in self.of(arm)]
+
+    def difference(self, arm: Arm, other: Arm = ADAMW) -> Difference:
+        """Paired difference of the final validation losses."""
+        return Difference.between(self.final(arm), self.final(other))
+
+    def steps_to_adamw(self, arm: Arm) -> list[int | None]:
+        """The first evaluated step at or below AdamW's final loss, seed by seed."""
+        reached = []
+        for run, adamw in zip(self.of(arm), self.of(ADAMW), strict=True):
+            steps = (
+                step
+                for step, loss in zip(run.evaluated_at, run.validation_loss, strict=True)
+                if loss <= adamw.validation_loss[-1]
+            )
+            reached.append(next(steps, None))
+        return reached
+
+    def table(self) -> rich.table.Table:
+        """One row for each arm."""
+        table = rich.table.Table(
+            title=f"{len(self.seeds)} seeds, the same start and batches for every arm",
+            box=rich.box.SIMPLE_HEAD,
+        )
+        table.add_column("")
+        table.add_column("validation loss", justify="right")
+        table.add_column("minus AdamW [95 % interval]", justify="right")
+        table.add_column("better", justify="right")
+        table.add_column("steps to AdamW's", justify="right")
+        table.add_column("ms/step", justify="right")
+        for arm in self.arms:
+            difference = self.difference(arm)
+            reached = [step for step in self.steps_to_adamw(arm) if step is not None]
+            steps = f"{np.mean(reached):.0f}" if reached else "–"
+            table.add_row(
+                self.name(arm),
+                f"{np.mean(self.final(arm)):.4f}",
+                str(difference) if arm != ADAMW else "",
+                f"{difference.better}/{difference.seeds}" if arm != ADAMW else "",
+                f"{steps} ({len(reached)}/{len(self.seeds)})",
+                f"{1e3 * np.median([run.seconds_per_step for run in self.of(arm)]):.1f}",
+            )
+        return table
+
+    def verdict(self) -> str:
+        """What the intervals say, in words, for each alpha."""
+        return "\n".join(self._verdict(alpha) for alpha in self.alphas)
+
+    def _verdict(self, alpha: float) -> str:
+        plain = self.difference(Arm(alpha))
+        fair = self.difference(Arm(alpha), Arm(alpha, control=True))
+        shrink = np.mean([run.shrink for run in self.of(Arm(alpha))])
+        if len(self.seeds) < 2:
+            return f"α = {alpha:g}: one seed gives no interval, so nothing can be said."
+        return (
+            f"α = {alpha:g}: against AdamW, smoothing {_effect(plain)}. It shrank the layers' "
+            f"updates to {shrink:.3f} of their norm; against AdamW with its layers' updates "
+            f"scaled by as much, it {_effect(fair)}. {_conclusion(plain, fair)}"
+        )
+
+    def findings(self) -> dict[str, object]:
+        """The table's numbers and the verdict, for the JSON file."""
+        arms = [
+            {
+                "name": self.name(arm),
+                **dataclasses.asdict(arm),
+                "validation_loss": float(np.mean(self.final(arm))),
+                "minus_adamw": dataclasses.asdict(self.difference(arm)),
+                "steps_to_adamw": self.steps_to_adamw(arm),
+                "seconds_per_step": float(
+                    np.median([run.seconds_per_step for run in self.of(arm)])
+                ),
+            }
+            for arm in self.arms
+        ]
+        return {"seeds": len(self.seeds), "arms": arms, "verdict": self.verdict()}
+
+    def save_pictures(self, out: pathlib.Path) -> None:
+        """Writes ``loss.png`` and ``update-similarity.png``."""
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        loss, difference = figure.subplots(1, 2)
+        self._draw_loss(loss)
+        self._draw_difference(difference)
+        _save(figure, out / "loss.png")
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        self._draw_similarity(figure.subplots())
+        _save(figure, out / "update-similarity.png")
+
+    def _draw_loss(self, axes: matplotlib.axes.Axes) -> None:
+        for arm, colour in zip(self.arms, _colours(self.arms), strict=True):
+            steps, losses = self._curve(arm)
+            axes.plot(steps, losses.mean(axis=0), _line(arm), color=colour, label=self.name(arm))
+        axes.set(title="Validation loss, mean over seeds", xlabel="step", ylabel="nats per byte")
+        axes.legend(frameon=False)
+
+    def _draw_difference(self, axes: matplotlib.axes.Axes) -> None:
+        _, adamw = self._curve(ADAMW)
+        for arm, colour in list(zip(self.arms, _colours(self.arms), strict=True))[1:]:
+            steps, losses = self._curve(arm)
+            pairs = losses - adamw
+            axes.plot(steps, pairs.mean(axis=0), _line(arm), color=colour, label=self.name(arm))
+            low, high = zip(*(_interval(column) for column in pairs.T), strict=True)
+            axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(
+            title="Difference to AdamW, 95 % interval over seeds",
+            xlabel="step",
+            ylabel="nats per byte (below 0 is better)",
+        )
+
+    def _draw_similarity(self, axes: matplotlib.axes.Axes) -> None:
+        for alpha, colour in zip(self.alphas, COLOURS[1:], strict=False):
+            runs = self.of(Arm(alpha))
+            before, after = (
+                np.mean([getattr(run, name) for run in runs], axis=0)
+                for name in ("cosine_before", "cosine_after")
+            )
+            pairs = np.arange(1, len(before) + 1)
+            axes.plot(pairs, after, "o-", color=colour, label=f"after smoothing, α = {alpha:g}")
+            axes.plot(pairs, before, "o--", color=colour, mfc="white", label="before")
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(
+            title="How alike are the updates of neighbouring layers?",
+            xlabel="layers ℓ and ℓ + 1",
+            ylabel="cosine, mean over training and seeds",
+            xticks=pairs,
+            xticklabels=[f"{pair}–{pair + 1}" for pair in pairs],
+        )
+        axes.legend(frameon=False)
+
+    def _curve(self, arm: Arm) -> tuple[list[int], np.ndarray]:
+        """Evaluated steps, and validation losses of shape (seeds, evaluations)."""
+        runs = self.of(arm)
+        return runs[0].evaluated_at, np.array([run.validation_loss for run in runs])
+
+
+def _effect(difference: Difference) -> str:
+    interval = f"by {abs(difference.mean):.4f} nats per byte ({difference})"
+    if difference.high < 0:
+        return f"lowered the final validation loss {interval}"
+    if difference.low > 0:
+        return f"raised the final validation loss {interval}"
+    return f"made no difference that {difference.seeds} seeds can tell ({difference})"
+
+
+def _conclusion(plain: Difference, fair: Difference) -> str:
+    if fair.high < 0:
+        return "So mixing layers helped beyond the smaller step."
+    if fair.low > 0:
+        return "So a smaller step alone would have served better than mixing layers."
+    if plain.high < 0:
+        return "So what helped may be no more than the smaller step."
+    return "So this run shows no effect of mixing layers."
+
+
+def _colours(arms: Sequence[Arm]) -> list[str]:
+    """A control has the colour of the smoothing it is the control of."""
+    alphas = list(dict.fromkeys(arm.alpha for arm in arms))
+    return [COLOURS[alphas.index(arm.alpha) % len(COLOURS)] for arm in arms]
+
+
+def _line(arm: Arm) -> str:
+    return "--" if arm.control else "-"
+
+
+def _save(figure: Figure, path: pathlib.Path) -> None:
+    FigureCanvasAgg(figure)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=150)
