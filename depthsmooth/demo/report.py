@@ -27,33 +27,32 @@ class Difference:
 
     Attributes:
       mean: over the seeds.
-      low: lower end of the 95 % t-interval; nan with one seed.
+      low: lower end of the 95 % t-interval; None with one seed.
       high: upper end.
       better: number of seeds in which it is below 0.
       seeds: number of seeds.
     """
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     better: int
     seeds: int
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+        interval = f" [{self.low:+.4f}, {self.high:+.4f}]" if self.low is not None else ""
+        return f"{self.mean:+.4f}{interval}"
 
     @classmethod
     def between(cls, ours: Sequence[float], theirs: Sequence[float]) -> "Difference":
         """The difference ours − theirs, seed by seed."""
         pairs = np.subtract(ours, theirs)
-        low, high = _interval(pairs)
+        low, high = _interval(pairs) if len(pairs) > 1 else (None, None)
         return cls(float(pairs.mean()), low, high, int((pairs < 0).sum()), len(pairs))
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % t-interval of the mean. Identical values are their own interval."""
-    if len(values) < 2:
-        return float("nan"), float("nan")
+    """95 % t-interval of the mean of two or more. Identical values are their own interval."""
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
     interval = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
@@ -108,8 +107,8 @@ class Report:
             box=rich.box.SIMPLE_HEAD,
         )
         table.add_column("")
-        table.add_column("validation loss", justify="right")
-        table.add_column("minus AdamW [95 % interval]", justify="right")
+        table.add_column("final loss", justify="right")
+        table.add_column("minus AdamW [95 %]", justify="right")
         table.add_column("better", justify="right")
         table.add_column("steps to AdamW's", justify="right")
         table.add_column("ms/step", justify="right")
@@ -132,11 +131,14 @@ class Report:
         return "\n".join(self._verdict(alpha) for alpha in self.alphas)
 
     def _verdict(self, alpha: float) -> str:
+        arms = ADAMW, Arm(alpha), Arm(alpha, control=True)
+        if not all(np.isfinite(self.final(arm)).all() for arm in arms):
+            return f"α = {alpha:g}: a run diverged, so nothing can be said. Lower --learning-rate."
+        if len(self.seeds) < 2:
+            return f"α = {alpha:g}: one seed gives no interval, so nothing can be said."
         plain = self.difference(Arm(alpha))
         fair = self.difference(Arm(alpha), Arm(alpha, control=True))
         shrink = np.mean([run.shrink for run in self.of(Arm(alpha))])
-        if len(self.seeds) < 2:
-            return f"α = {alpha:g}: one seed gives no interval, so nothing can be said."
         return (
             f"α = {alpha:g}: against AdamW, smoothing {_effect(plain)}. It shrank the layers' "
             f"updates to {shrink:.3f} of their norm; against AdamW with its layers' updates "
@@ -174,7 +176,9 @@ class Report:
     def _draw_loss(self, axes: matplotlib.axes.Axes) -> None:
         for arm, colour in zip(self.arms, _colours(self.arms), strict=True):
             steps, losses = self._curve(arm)
-            axes.plot(steps, losses.mean(axis=0), _line(arm), color=colour, label=self.name(arm))
+            axes.plot(
+                steps[1:], losses.mean(axis=0)[1:], _line(arm), color=colour, label=self.name(arm)
+            )
         axes.set(title="Validation loss, mean over seeds", xlabel="step", ylabel="nats per byte")
         axes.legend(frameon=False)
 
@@ -182,14 +186,16 @@ class Report:
         _, adamw = self._curve(ADAMW)
         for arm, colour in list(zip(self.arms, _colours(self.arms), strict=True))[1:]:
             steps, losses = self._curve(arm)
-            pairs = losses - adamw
+            half = len(steps) // 2  # before, differences are ten times as large
+            steps, pairs = steps[half:], (losses - adamw)[:, half:]
             axes.plot(steps, pairs.mean(axis=0), _line(arm), color=colour, label=self.name(arm))
-            low, high = zip(*(_interval(column) for column in pairs.T), strict=True)
-            axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+            if len(pairs) > 1:
+                low, high = zip(*(_interval(column) for column in pairs.T), strict=True)
+                axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set(
             title="Difference to AdamW, 95 % interval over seeds",
-            xlabel="step",
+            xlabel="step, second half",
             ylabel="nats per byte (below 0 is better)",
         )
 
@@ -219,23 +225,30 @@ class Report:
         return runs[0].evaluated_at, np.array([run.validation_loss for run in runs])
 
 
+def _sign(difference: Difference) -> int:
+    """-1 or 1 where the interval lies below or above 0; 0 where it holds it."""
+    low, high = difference.low, difference.high
+    if low is None or high is None:
+        return 0
+    return -1 if high < 0 else int(low > 0)
+
+
 def _effect(difference: Difference) -> str:
-    interval = f"by {abs(difference.mean):.4f} nats per byte ({difference})"
-    if difference.high < 0:
-        return f"lowered the final validation loss {interval}"
-    if difference.low > 0:
-        return f"raised the final validation loss {interval}"
-    return f"made no difference that {difference.seeds} seeds can tell ({difference})"
+    sign = _sign(difference)
+    if not sign:
+        return f"made no difference that {difference.seeds} seeds can tell ({difference})"
+    verb = "lowered" if sign < 0 else "raised"
+    return f"{verb} the final validation loss ({difference} nats per byte)"
 
 
 def _conclusion(plain: Difference, fair: Difference) -> str:
-    if fair.high < 0:
-        return "So mixing layers helped beyond the smaller step."
-    if fair.low > 0:
-        return "So a smaller step alone would have served better than mixing layers."
-    if plain.high < 0:
-        return "So what helped may be no more than the smaller step."
-    return "So this run shows no effect of mixing layers."
+    if _sign(fair) < 0:
+        return "So mixing neighbours did better than the smaller step alone."
+    if _sign(fair) > 0:
+        return "So the smaller step alone did better than mixing neighbours."
+    if _sign(plain):
+        return "So all of the effect may be the smaller step, and none of it depth."
+    return "So nothing is shown here, neither for mixing neighbours nor against it."
 
 
 def _colours(arms: Sequence[Arm]) -> list[str]:

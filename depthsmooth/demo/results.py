@@ -3,12 +3,11 @@
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
-from typing import IO, Any
+from collections.abc import Iterator
+from typing import BinaryIO
 
 import jax
 import optax
@@ -20,16 +19,15 @@ FILE = "results.json"
 
 
 @contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
+def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` once it is whole, and is gone otherwise."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with partial.open("wb") as file:
             yield file
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class Results:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from depthsmooth import Depth, smooth_over_depth, trace_depth
+from depthsmooth import smooth_over_depth, trace_depth
 from depthsmooth.demo.model import Transformer
 from depthsmooth.demo.text import Text
 from depthsmooth.layout import path_string
@@ -79,6 +79,9 @@ class Run:
 Step = Callable[
     [optax.Params, optax.OptState, jax.Array], tuple[optax.Params, optax.OptState, jax.Array]
 ]
+Observe = Callable[
+    [optax.Params, optax.OptState, jax.Array], tuple[jax.Array, jax.Array, jax.Array]
+]
 
 
 class Experiment:
@@ -89,12 +92,14 @@ class Experiment:
         self.text = text
         self.model = Transformer(config.layers, config.width)
         self.depth = trace_depth(self.loss, self.abstract_params(), self.abstract_batch())
+        self.step = functools.cache(self._step)
+        self.observe = functools.cache(self._observe)
 
     def loss(self, params: optax.Params, windows: jax.Array) -> jax.Array:
         """Mean cross-entropy of the next byte, in nats."""
         logits = self.model.apply(params, windows[:, :-1])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
-        return losses.mean()
+        return jnp.mean(losses)
 
     def init(self, seed: int) -> optax.Params:
         """Parameters, the same for every arm of a seed."""
@@ -107,7 +112,8 @@ class Experiment:
 
     def abstract_batch(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of a batch."""
-        return jax.ShapeDtypeStruct((self.config.batch, self.config.context + 1), jnp.int32)
+        shape = (self.config.batch, self.config.context + 1)
+        return jax.ShapeDtypeStruct(shape, jnp.int32)  # type: ignore[no-untyped-call]
 
     def optimizer(self, arm: Arm, shrink: float = 1.0) -> optax.GradientTransformation:
         """AdamW with the arm's own transformation between Adam and weight decay."""
@@ -141,8 +147,7 @@ class Experiment:
             lambda keys, _: path_string(keys) in self.depth, params
         )
 
-    @functools.cache
-    def step(self, arm: Arm) -> Step:
+    def _step(self, arm: Arm) -> Step:
         """The arm's jitted training step: new params, new state, loss."""
         tx = self.optimizer(arm)
 
@@ -161,8 +166,7 @@ class Experiment:
         windows = self.text.validation_batch(VALIDATION_WINDOWS, self.config.context)
         return functools.partial(jax.jit(self.loss), windows=jnp.asarray(windows))
 
-    @functools.cache
-    def observe(self, alpha: float) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    def _observe(self, alpha: float) -> Observe:
         """Jitted: shrink factor, and neighbours' cosines before and after smoothing."""
         smooth = smooth_over_depth(alpha, depth=self.depth)
 
@@ -209,7 +213,9 @@ class Experiment:
             yield losses[-1]
         evaluations.append((config.steps, float(self.evaluate(params))))
         if observations:
-            shrinks, before, after = (np.mean(part, axis=0) for part in zip(*observations))
+            shrinks, before, after = (
+                np.mean(part, axis=0) for part in zip(*observations, strict=True)
+            )
             shrink = float(shrinks)
         yield Run(
             arm=arm,
@@ -227,7 +233,7 @@ class Experiment:
 def _neighbour_cosine(layers: jax.Array) -> jax.Array:
     """Cosine of each row with the next: shape (rows - 1,)."""
     units = layers / jnp.linalg.norm(layers, axis=1, keepdims=True)
-    return (units[:-1] * units[1:]).sum(axis=1)
+    return jnp.sum(units[:-1] * units[1:], axis=1)
 
 
 def _matrices(params: optax.Params) -> optax.Params:
