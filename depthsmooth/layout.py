@@ -174,10 +174,10 @@ class Depth(Mapping[str, Place]):
         for (group, layers, found_by), leaves in groups.items():
             axes = sorted({leaf.place.axis for leaf in leaves if leaf.place is not None})
             rows.append((group, str(layers), ", ".join(map(str, axes)), *_size(leaves), found_by))
+        if not alone:
+            return _table(rows)
         rows.append(("left alone", "", "", *_size(alone), ""))
-        return _table(rows) + (
-            f"\nleft alone: {_some([str(leaf) for leaf in alone])}" if alone else ""
-        )
+        return f"{_table(rows)}\nleft alone: {_some([str(leaf) for leaf in alone])}"
 
     def __repr__(self) -> str:
         return f"<Depth\n{self}>"
@@ -286,8 +286,9 @@ def _some(names: Sequence[str], most: int = 12) -> str:
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
     """Columns in line, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numeric = [column[1].replace(",", "").isdigit() for column in zip(*rows, strict=True)]
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [any(cell.replace(",", "").isdigit() for cell in column) for column in columns]
     return "\n".join(
         "  ".join(
             cell.rjust(width) if right else cell.ljust(width)

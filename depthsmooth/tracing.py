@@ -7,18 +7,22 @@ if a slice it takes of some parameter is contracted with a value that depends on
 loop's own carry: layers compose, while experts and chunks of a vocabulary do not.
 """
 
+from __future__ import annotations
+
 import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 import optax
-from jax.extend import core
 
 from depthsmooth.layout import Depth, DepthNotFoundError, Leaf, Place, path_string
+
+if TYPE_CHECKING:
+    from jax.extend import core  # its import takes 50 ms
 
 _Axes = tuple[int | None, ...]
 _Shape = tuple[int, ...]
@@ -104,7 +108,7 @@ def trace_depth(
         return fn(jax.tree_util.tree_unflatten(treedef, leaves), *args, **kwargs)
 
     walk = _Walk()
-    walk.closed_jaxpr(_jaxpr_of(of_leaves, leaves, args, kwargs), len(leaves))
+    walk.function(_jaxpr_of(of_leaves, leaves, args, kwargs), len(leaves))
     places = _places(walk, paths, [np.shape(leaf) for leaf in leaves])
     if not places:
         raise DepthNotFoundError(
@@ -125,7 +129,7 @@ def _jaxpr_of(
     leaves: Sequence[jax.Array],
     args: Sequence[object],
     kwargs: dict[str, object],
-) -> core.ClosedJaxpr:
+) -> core.Jaxpr:
     """The jaxpr of ``fn(leaves, *args, **kwargs)``; its first inputs are the leaves."""
     values, treedef = jax.tree_util.tree_flatten((args, kwargs))
     is_array = [hasattr(value, "shape") and hasattr(value, "dtype") for value in values]
@@ -136,7 +140,8 @@ def _jaxpr_of(
         args, kwargs = jax.tree_util.tree_unflatten(treedef, merged)
         return fn(leaves, *args, **kwargs)
 
-    return jax.make_jaxpr(of_arrays)(leaves, traced)
+    jaxpr: core.Jaxpr = jax.make_jaxpr(of_arrays)(leaves, traced).jaxpr
+    return jaxpr
 
 
 class _Walk:
@@ -155,22 +160,24 @@ class _Walk:
         self.layer_loops: set[_Loop] = set()
         self._callers: _Loop = ()
 
-    def closed_jaxpr(self, closed: core.ClosedJaxpr, parameters: int) -> None:
+    def function(self, jaxpr: core.Jaxpr, parameters: int) -> None:
         """Walks a function whose first inputs are the parameters."""
-        inputs = [len(_shape(variable)) for variable in closed.jaxpr.invars]
+        inputs = [len(_shape(variable)) for variable in jaxpr.invars]
         values = [
             _Value(parts=frozenset({_Part(index, tuple(range(ndim)))}))
             for index, ndim in enumerate(inputs[:parameters])
         ]
         data = _Value(sources=frozenset({_DATA}))
-        self._jaxpr(closed.jaxpr, values + [data] * (len(inputs) - parameters))
+        self._jaxpr(jaxpr, values + [data] * (len(inputs) - parameters))
 
     def _jaxpr(self, jaxpr: core.Jaxpr, values: Sequence[_Value]) -> list[_Value]:
+        known: dict[core.Var | core.Literal, _Value]
         known = dict(zip(jaxpr.invars, values, strict=True))
         known |= {variable: _constant(variable) for variable in jaxpr.constvars}
 
         def read(atom: core.Var | core.Literal) -> _Value:
-            return _constant(atom) if isinstance(atom, core.Literal) else known[atom]
+            is_literal = hasattr(atom, "val")
+            return _constant(atom) if is_literal else known[atom]
 
         for equation in jaxpr.eqns:
             results = self._equation(equation, [read(atom) for atom in equation.invars])
@@ -284,8 +291,8 @@ def _scan_split(equation: core.JaxprEqn, body: core.Jaxpr) -> tuple[int, int]:
 def _callee(equation: core.JaxprEqn) -> core.Jaxpr | None:
     """The jaxpr that an equation calls with its own operands, like jit and remat do."""
     for parameter in equation.params.values():
-        jaxpr = getattr(parameter, "jaxpr", parameter)
-        if isinstance(jaxpr, core.Jaxpr):
+        jaxpr: core.Jaxpr = getattr(parameter, "jaxpr", parameter)
+        if hasattr(jaxpr, "eqns"):
             operands = [len(_shape(atom)) for atom in equation.invars]
             if operands == [len(_shape(variable)) for variable in jaxpr.invars]:
                 return jaxpr

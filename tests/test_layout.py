@@ -64,6 +64,8 @@ def test_groups_may_have_different_layers():
 def test_no_rules_place_nothing():
     depth = Depth.from_rules({})
     assert len(depth.resolve(PARAMS)) == 0
+    assert str(depth) == "group  layers  axis  leaves  parameters  found by"
+    assert str(depth.resolve(PARAMS)).splitlines()[1].split() == ["left", "alone", "4", "156"]
 
 
 def test_reads_paths_shapes_and_dtypes_only():

@@ -166,14 +166,15 @@ class Report:
         """Writes ``loss.png`` and ``update-similarity.png``."""
         figure = Figure(figsize=(10, 4), layout="constrained")
         loss, difference = figure.subplots(1, 2)
-        self._draw_loss(loss)
-        self._draw_difference(difference)
+        self.draw_loss(loss)
+        self.draw_difference(difference)
         _save(figure, out / "loss.png")
         figure = Figure(figsize=(7, 4), layout="constrained")
-        self._draw_similarity(figure.subplots())
+        self.draw_similarity(figure.subplots())
         _save(figure, out / "update-similarity.png")
 
-    def _draw_loss(self, axes: matplotlib.axes.Axes) -> None:
+    def draw_loss(self, axes: matplotlib.axes.Axes) -> None:
+        """Validation loss of each arm, without the first evaluation: it dwarfs the others."""
         for arm, colour in zip(self.arms, _colours(self.arms), strict=True):
             steps, losses = self._curve(arm)
             axes.plot(
@@ -182,7 +183,8 @@ class Report:
         axes.set(title="Validation loss, mean over seeds", xlabel="step", ylabel="nats per byte")
         axes.legend(frameon=False)
 
-    def _draw_difference(self, axes: matplotlib.axes.Axes) -> None:
+    def draw_difference(self, axes: matplotlib.axes.Axes) -> None:
+        """Paired difference of each arm to AdamW, with its interval."""
         _, adamw = self._curve(ADAMW)
         for arm, colour in list(zip(self.arms, _colours(self.arms), strict=True))[1:]:
             steps, losses = self._curve(arm)
@@ -191,7 +193,9 @@ class Report:
             axes.plot(steps, pairs.mean(axis=0), _line(arm), color=colour, label=self.name(arm))
             if len(pairs) > 1:
                 low, high = zip(*(_interval(column) for column in pairs.T), strict=True)
-                axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+                band = axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+                if arm.control:
+                    band.set(facecolor="none", edgecolor=colour, linestyle="--", linewidth=0.8)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set(
             title="Difference to AdamW, 95 % interval over seeds",
@@ -199,7 +203,8 @@ class Report:
             ylabel="nats per byte (below 0 is better)",
         )
 
-    def _draw_similarity(self, axes: matplotlib.axes.Axes) -> None:
+    def draw_similarity(self, axes: matplotlib.axes.Axes) -> None:
+        """Cosine of neighbouring layers' updates, before and after smoothing."""
         for alpha, colour in zip(self.alphas, COLOURS[1:], strict=False):
             runs = self.of(Arm(alpha))
             before, after = (

@@ -60,8 +60,8 @@ class Run:
       seconds_per_step: median over the steps, without the evaluations.
       shrink: the factor by which smoothing shrank (or the control scaled) the
         norm of the layers' updates.
-      cosine_before: cosine of the updates of layers i and i + 1 before
-        smoothing, mean over the run, shape ``(layers - 1,)``.
+      cosine_before: of a smoothed run, the cosine of the updates of layers i and
+        i + 1 before smoothing, mean over the run, shape ``(layers - 1,)``.
       cosine_after: the same after smoothing.
     """
 
@@ -80,7 +80,7 @@ Step = Callable[
     [optax.Params, optax.OptState, jax.Array], tuple[optax.Params, optax.OptState, jax.Array]
 ]
 Observe = Callable[
-    [optax.Params, optax.OptState, jax.Array], tuple[jax.Array, jax.Array, jax.Array]
+    [float, optax.Params, optax.OptState, jax.Array], tuple[jax.Array, jax.Array, jax.Array]
 ]
 
 
@@ -91,9 +91,9 @@ class Experiment:
         self.config = config
         self.text = text
         self.model = Transformer(config.layers, config.width)
+        self.init = jax.jit(self._init)
         self.depth = trace_depth(self.loss, self.abstract_params(), self.abstract_batch())
         self.step = functools.cache(self._step)
-        self.observe = functools.cache(self._observe)
 
     def loss(self, params: optax.Params, windows: jax.Array) -> jax.Array:
         """Mean cross-entropy of the next byte, in nats."""
@@ -101,14 +101,14 @@ class Experiment:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
         return jnp.mean(losses)
 
-    def init(self, seed: int) -> optax.Params:
+    def _init(self, seed: int) -> optax.Params:
         """Parameters, the same for every arm of a seed."""
         tokens = jnp.zeros((1, self.config.context), jnp.int32)
         return self.model.init(jax.random.key(seed), tokens)
 
     def abstract_params(self) -> optax.Params:
         """Shapes and dtypes of the parameters."""
-        return jax.eval_shape(functools.partial(self.init, 0))
+        return jax.eval_shape(self.init, 0)
 
     def abstract_batch(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of a batch."""
@@ -166,13 +166,14 @@ class Experiment:
         windows = self.text.validation_batch(VALIDATION_WINDOWS, self.config.context)
         return functools.partial(jax.jit(self.loss), windows=jnp.asarray(windows))
 
-    def _observe(self, alpha: float) -> Observe:
+    @functools.cached_property
+    def observe(self) -> Observe:
         """Jitted: shrink factor, and neighbours' cosines before and after smoothing."""
-        smooth = smooth_over_depth(alpha, depth=self.depth)
 
         def observe(
-            params: optax.Params, state: optax.OptState, windows: jax.Array
+            alpha: float, params: optax.Params, state: optax.OptState, windows: jax.Array
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            smooth = smooth_over_depth(alpha, depth=self.depth)
             gradients = jax.grad(self.loss)(params, windows)
             updates, _ = self.preconditioner.update(gradients, state[0], params)
             before = self._by_layer(updates)
@@ -204,19 +205,18 @@ class Experiment:
         for count, windows in enumerate(batches):
             if count % every == 0:
                 evaluations.append((count, float(self.evaluate(params))))
-                if not arm.control:
-                    observations.append(self.observe(arm.alpha)(params, state, windows))
+                if arm.alpha and not arm.control:
+                    observations.append(self.observe(arm.alpha, params, state, windows))
             began = time.perf_counter()
             params, state, loss = self.step(arm)(params, state, windows)
             losses.append(float(loss))
             seconds.append(time.perf_counter() - began)
             yield losses[-1]
         evaluations.append((config.steps, float(self.evaluate(params))))
+        before = after = np.array([])
         if observations:
-            shrinks, before, after = (
-                np.mean(part, axis=0) for part in zip(*observations, strict=True)
-            )
-            shrink = float(shrinks)
+            means = (np.mean(part, axis=0) for part in zip(*observations, strict=True))
+            shrink, before, after = means
         yield Run(
             arm=arm,
             seed=seed,
@@ -224,9 +224,9 @@ class Experiment:
             evaluated_at=[count for count, _ in evaluations],
             validation_loss=[loss for _, loss in evaluations],
             seconds_per_step=float(np.median(seconds)),
-            shrink=shrink,
-            cosine_before=before.tolist() if observations else [],
-            cosine_after=after.tolist() if observations else [],
+            shrink=float(shrink),
+            cosine_before=before.tolist(),
+            cosine_after=after.tolist(),
         )
 
 

@@ -1,0 +1,51 @@
+"""How long ``import depthsmooth`` takes on top of ``import optax``: under 50 ms is promised.
+
+``python -m benchmarks.import_time`` imports both in fresh interpreters and prints medians.
+"""
+
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+
+CODE = """
+import time
+start = time.perf_counter()
+import optax
+between = time.perf_counter()
+import depthsmooth
+print(between - start, time.perf_counter() - between)
+"""
+REPEATS = 15
+RESULT = pathlib.Path(__file__).parent / "results" / "import_time.json"
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    times = []
+    for _ in range(REPEATS):
+        printed = subprocess.run(
+            [sys.executable, "-c", CODE],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=environment,
+        ).stdout
+        times.append([1e3 * float(seconds) for seconds in printed.split()])
+    optax, depthsmooth = (statistics.median(column) for column in zip(*times, strict=True))
+    result = {
+        "optax_ms": round(optax, 1),
+        "depthsmooth_on_top_ms": round(depthsmooth, 1),
+        "repeats": REPEATS,
+        "python": platform.python_version(),
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"import optax {optax:.0f} ms, depthsmooth on top {depthsmooth:.1f} ms (promised: 50)")
+
+
+if __name__ == "__main__":
+    main()
