@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -223,20 +224,19 @@ class _Walk:
         loop = self._callers
         sliced = [self._slice(value, loop) for value in values[consts + carries :]]
         carry = values[consts : consts + carries]
-        inside = body.invars[consts : consts + carries]
+        composes = [_is_inexact(atom) for atom in body.invars[consts : consts + carries]]
         while True:
             results = self._jaxpr(body, [*values[:consts], *carry, *sliced])
             grown = [
-                value if before is after else _carried(value, result, before, loop)
-                for value, result, before, after in zip(
-                    carry, results[:carries], inside, body.outvars[:carries], strict=True
-                )
+                # What comes back as the very same value is a constant of the loop.
+                value if result is value else _carried(value, result, loop if inexact else None)
+                for value, result, inexact in zip(carry, results[:carries], composes, strict=True)
             ]
             if grown == carry:
                 break
             carry = grown
-        outputs = carry + [_stack(value, loop) for value in results[carries:]]
-        return [_Value(value.parts, _outside(value.sources, loop)) for value in outputs]
+        stacked = [_stack(value, loop) for value in results[carries:]]
+        return [_outside(value, loop) for value in carry + stacked]
 
     def _slice(self, value: _Value, loop: _Loop) -> _Value:
         """What the body sees of a scanned operand: its leading dimension is taken."""
@@ -261,17 +261,22 @@ def _stack(value: _Value, loop: _Loop) -> _Value:
     return _Value(frozenset(parts), value.sources)
 
 
-def _outside(sources: frozenset[_Loop], loop: _Loop) -> frozenset[_Loop]:
+def _outside(value: _Value, loop: _Loop) -> _Value:
     """What a loop has carried is data to all that comes after it."""
-    return sources - {loop} | {_DATA} if loop in sources else sources
+    if loop not in value.sources:
+        return value
+    return _Value(value.parts, value.sources - {loop} | {_DATA})
 
 
-def _carried(value: _Value, result: _Value, variable: core.Var, loop: _Loop) -> _Value:
-    """A carry as later iterations see it. Integer scalars count, they do not compose."""
-    aval = variable.aval
-    counts = _shape(variable) == () and np.issubdtype(getattr(aval, "dtype", None), np.integer)
-    sources = value.sources | result.sources
-    return _Value(sources=sources if counts else sources | {loop})
+def _carried(value: _Value, result: _Value, loop: _Loop | None) -> _Value:
+    """A carry as later iterations see it."""
+    itself = frozenset() if loop is None else frozenset({loop})
+    return _Value(sources=value.sources | result.sources | itself)
+
+
+def _is_inexact(atom: core.Var) -> bool:
+    """Layers compose in floating point; counters, keys and masks do not compose."""
+    return jnp.issubdtype(getattr(atom.aval, "dtype", np.bool_), jnp.inexact)
 
 
 def _scan_split(equation: core.JaxprEqn, body: core.Jaxpr) -> tuple[int, int]:

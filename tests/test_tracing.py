@@ -241,6 +241,42 @@ def experts_with_the_input_in_the_carry(p, x):
     return jax.lax.scan(body, (x, jnp.zeros_like(x)), p["w"])[0][1]
 
 
+def experts_in_a_jitted_body(p, x):
+    @jax.jit
+    def expert(x, total, w):
+        return x, total + x @ w
+
+    return jax.lax.scan(lambda c, w: (expert(*c, w), None), (x, jnp.zeros_like(x)), p["w"])[0][1]
+
+
+def experts_with_their_input_through_an_inner_loop(p, x):
+    def body(carry, expert):
+        (x, total), _ = jax.lax.scan(
+            lambda c, _: (jax.jit(lambda x, t: (x, t + x @ expert))(*c), None), carry, length=1
+        )
+        return (x, total), None
+
+    return jax.lax.scan(body, (x, jnp.zeros_like(x)), p["w"])[0][1]
+
+
+def experts_with_a_key(p, x):
+    def body(carry, expert):
+        key, total = carry
+        key, drop = jax.random.split(key)
+        return (key, total + jax.random.normal(drop, x.shape) * x @ expert), None
+
+    return jax.lax.scan(body, (jax.random.key(0), jnp.zeros_like(x)), p["w"])[0][1]
+
+
+def time_with_embedded_tokens_that_are_closed_over(p, x):
+    inputs = p["b"][jnp.array([0, 2, 1])] + p["b"]
+
+    def body(state, token):
+        return jnp.tanh(state @ p["w"][0]) * (state @ token)[:, None], None
+
+    return jax.lax.scan(body, x, inputs)[0]
+
+
 def experts_with_a_counter(p, x):
     def body(carry, expert):
         i, total = carry
@@ -275,7 +311,11 @@ def ensemble(p, x):
 NOT_LAYERS = [
     experts_in_constants,
     experts_with_the_input_in_the_carry,
+    experts_in_a_jitted_body,
+    experts_with_their_input_through_an_inner_loop,
+    experts_with_a_key,
     experts_with_a_counter,
+    time_with_embedded_tokens_that_are_closed_over,
     vocabulary_in_chunks,
     recurrent_with_learned_positions,
     one_layer_applied_again_and_again,
