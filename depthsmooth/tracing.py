@@ -3,8 +3,9 @@
 Every parameter is followed through the jaxpr of the user's function. Where a value
 made of a parameter enters a ``scan`` as a scanned operand, the parameter's axis that
 became its leading dimension is a candidate for depth. The loop is one over *layers*
-if a slice it takes of some parameter is contracted with a value that depends on the
-loop's own carry: layers compose, while experts and chunks of a vocabulary do not.
+if a slice it takes of some parameter is contracted with what a slot of its carry
+holds, and the product comes back to that slot: layers compose, while experts and
+chunks of a vocabulary only add up.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _Axes = tuple[int | None, ...]
 _Shape = tuple[int, ...]
 _Loop = tuple[int, ...]
-_DATA: _Loop = ()
 
 _CONTRACTIONS = frozenset(
     {"conv_general_dilated", "dot_general", "ragged_dot", "ragged_dot_general", "scaled_matmul"}
@@ -51,18 +50,35 @@ class _Part:
     taken: tuple[tuple[_Loop, int | None], ...] = ()
 
 
+class _Source(NamedTuple):
+    """A slot of a loop's carry that a value depends on.
+
+    Attributes:
+      loop: the loop.
+      slot: index into its carry.
+      composed: whether by way of a contraction with a slice that the loop took.
+    """
+
+    loop: _Loop
+    slot: int
+    composed: bool = False
+
+
+_DATA = _Source((), 0)
+"""What comes from neither parameters nor a loop that is still running."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Value:
     """What an intermediate value is made of.
 
     Attributes:
       parts: its parameters, if it is made of nothing but parameters and constants.
-      sources: what else it depends on: ``_DATA``, and the loops whose carry it
-        comes from.
+      sources: what else it depends on.
     """
 
     parts: frozenset[_Part] = frozenset()
-    sources: frozenset[_Loop] = frozenset()
+    sources: frozenset[_Source] = frozenset()
 
 
 def trace_depth(
@@ -187,10 +203,13 @@ class _Walk:
 
     def _equation(self, equation: core.JaxprEqn, values: list[_Value]) -> list[_Value]:
         name = equation.primitive.name
-        if name in _CONTRACTIONS:
-            self._vote(values)
+        if name in _CONTRACTIONS and (composed := _composed(values)):
+            product = _Value(sources=_join(values).sources | composed)
+            return [product] * len(equation.outvars)
         if name == "scan":
             follow = self._scan
+        elif name == "while":
+            follow = self._while
         elif name == "cond":
             follow = self._cond
         elif _callee(equation) is not None:
@@ -201,12 +220,6 @@ class _Walk:
         results = follow(equation, values)
         self._callers = callers
         return results
-
-    def _vote(self, values: Sequence[_Value]) -> None:
-        """A slice that meets its own loop's carry makes the loop one over layers."""
-        slicing = {loop for value in values for part in value.parts for loop, _ in part.taken}
-        carrying = {loop for value in values for loop in value.sources}
-        self.layer_loops |= slicing & carrying
 
     def _call(self, equation: core.JaxprEqn, values: list[_Value]) -> list[_Value]:
         callee = _callee(equation)
@@ -223,20 +236,40 @@ class _Walk:
         consts, carries = _scan_split(equation, body)
         loop = self._callers
         sliced = [self._slice(value, loop) for value in values[consts + carries :]]
-        carry = values[consts : consts + carries]
-        composes = [_is_inexact(atom) for atom in body.invars[consts : consts + carries]]
-        while True:
-            results = self._jaxpr(body, [*values[:consts], *carry, *sliced])
-            grown = [
-                # What comes back as the very same value is a constant of the loop.
-                value if result is value else _carried(value, result, loop if inexact else None)
-                for value, result, inexact in zip(carry, results[:carries], composes, strict=True)
-            ]
-            if grown == carry:
-                break
-            carry = grown
+        carry, results = self._settle(
+            body, values[:consts], values[consts : consts + carries], sliced, loop
+        )
+        if any(_Source(loop, k, True) in value.sources for k, value in enumerate(carry)):
+            self.layer_loops.add(loop)
         stacked = [_stack(value, loop) for value in results[carries:]]
         return [_outside(value, loop) for value in carry + stacked]
+
+    def _while(self, equation: core.JaxprEqn, values: list[_Value]) -> list[_Value]:
+        body = equation.params["body_jaxpr"].jaxpr
+        ours = values[equation.params["cond_nconsts"] :]
+        consts = equation.params["body_nconsts"]
+        carry, _ = self._settle(body, ours[:consts], ours[consts:], [], self._callers)
+        return [_outside(value, self._callers) for value in carry]
+
+    def _settle(
+        self,
+        body: core.Jaxpr,
+        consts: list[_Value],
+        carry: list[_Value],
+        sliced: list[_Value],
+        loop: _Loop,
+    ) -> tuple[list[_Value], list[_Value]]:
+        """Walks a loop's body until its carry depends on nothing more: carry, results."""
+        while True:
+            results = self._jaxpr(body, [*consts, *carry, *sliced])
+            grown = [
+                # What comes back as the very same value is a constant of the loop.
+                value if result is value else _carried(value, result, _Source(loop, slot))
+                for slot, (value, result) in enumerate(zip(carry, results, strict=False))
+            ]
+            if grown == carry:
+                return carry, results
+            carry = grown
 
     def _slice(self, value: _Value, loop: _Loop) -> _Value:
         """What the body sees of a scanned operand: its leading dimension is taken."""
@@ -261,22 +294,26 @@ def _stack(value: _Value, loop: _Loop) -> _Value:
     return _Value(frozenset(parts), value.sources)
 
 
+def _composed(values: Sequence[_Value]) -> frozenset[_Source]:
+    """The carry slots that a contraction brings together with a slice their loop took."""
+    slicing = {loop for value in values for part in value.parts for loop, _ in part.taken}
+    return frozenset(
+        source._replace(composed=True)
+        for value in values
+        for source in value.sources
+        if source.loop in slicing
+    )
+
+
+def _carried(value: _Value, result: _Value, slot: _Source) -> _Value:
+    """A carry as later iterations see it."""
+    return _Value(sources=value.sources | result.sources | {slot})
+
+
 def _outside(value: _Value, loop: _Loop) -> _Value:
     """What a loop has carried is data to all that comes after it."""
-    if loop not in value.sources:
-        return value
-    return _Value(value.parts, value.sources - {loop} | {_DATA})
-
-
-def _carried(value: _Value, result: _Value, loop: _Loop | None) -> _Value:
-    """A carry as later iterations see it."""
-    itself = frozenset() if loop is None else frozenset({loop})
-    return _Value(sources=value.sources | result.sources | itself)
-
-
-def _is_inexact(atom: core.Var) -> bool:
-    """Layers compose in floating point; counters, keys and masks do not compose."""
-    return jnp.issubdtype(getattr(atom.aval, "dtype", np.bool_), jnp.inexact)
+    inner = {source for source in value.sources if source.loop == loop}
+    return _Value(value.parts, value.sources - inner | {_DATA}) if inner else value
 
 
 def _scan_split(equation: core.JaxprEqn, body: core.Jaxpr) -> tuple[int, int]:

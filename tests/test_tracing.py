@@ -187,6 +187,47 @@ LAYERS = {
         )[0],
         {"w": 0},
     ),
+    "contracted in an inner loop that carries the slice": (
+        lambda p, x: jax.lax.scan(
+            lambda x, w: (
+                jax.lax.scan(
+                    lambda c, _: (jax.jit(lambda x, w: (jnp.tanh(x @ w), w))(*c), None),
+                    (x, w),
+                    length=2,
+                )[0][0],
+                None,
+            ),
+            x,
+            p["w"],
+        )[0],
+        {"w": 0},
+    ),
+    "contracted in a while loop": (
+        lambda p, x: jax.lax.scan(
+            lambda x, w: (jax.lax.while_loop(lambda c: c.sum() < 3, lambda c: c @ w, x), None),
+            x,
+            p["w"],
+        )[0],
+        {"w": 0},
+    ),
+    "followed by a while loop": (
+        lambda p, x: jax.lax.while_loop(
+            lambda c: c[0] < 3, lambda c: (c[0] + 1, 2.0 * c[1]), (0, scan_once(p, x))
+        )[1],
+        {"w": 0},
+    ),
+    "with a key in the carry": (
+        lambda p, x: jax.lax.scan(
+            lambda c, w: ((compose(c[0], w)[0], jax.random.split(c[1])[0]), None),
+            (x, jax.random.key(0)),
+            p["w"],
+        )[0][0],
+        {"w": 0},
+    ),
+    "in two streams that change places": (
+        lambda p, x: jax.lax.scan(lambda c, w: ((c[1], c[0] + c[1] @ w), None), (x, x), p["w"])[0],
+        {"w": 0},
+    ),
     "backwards": (
         lambda p, x: jax.lax.scan(compose, x, p["w"], reverse=True)[0],
         {"w": 0},
@@ -277,6 +318,55 @@ def time_with_embedded_tokens_that_are_closed_over(p, x):
     return jax.lax.scan(body, x, inputs)[0]
 
 
+def experts_with_a_nonlinear_total(p, x):
+    return jax.lax.scan(lambda t, w: (jax.nn.relu(t) + x @ w, None), jnp.zeros_like(x), p["w"])[0]
+
+
+def experts_under_checkpoint(p, x):
+    @jax.checkpoint
+    def expert(carry, w):
+        x, total = carry
+        return (x, total + jnp.tanh(x @ w)), None
+
+    return jax.lax.scan(expert, (x, jnp.zeros_like(x)), p["w"])[0][1]
+
+
+def experts_behind_a_barrier(p, x):
+    def expert(carry, w):
+        x, total = jax.lax.optimization_barrier(carry)
+        return (x, total + x @ w), None
+
+    return jax.lax.scan(expert, (x, jnp.zeros_like(x)), p["w"])[0][1]
+
+
+def experts_with_a_capacity(p, x):
+    def expert(carry, w):
+        capacity, total = carry
+        routed = jnp.minimum(capacity, 1.0)
+        return (capacity - routed, total + (routed[:, None] * x) @ w), None
+
+    return jax.lax.scan(expert, (jnp.ones(2), jnp.zeros_like(x)), p["w"])[0][1]
+
+
+def experts_of_tokens_in_turn(p, x):
+    def expert(carry, w):
+        x, total = carry
+        return (jnp.roll(x, 1, axis=0), total + x @ w), None
+
+    return jax.lax.scan(expert, (x, jnp.zeros_like(x)), p["w"])[0][1]
+
+
+def attention_to_learned_keys_in_chunks(p, x):
+    def chunk(carry, keys):
+        top, total = carry
+        scores = x @ keys
+        higher = jnp.maximum(top, scores.max(-1))
+        weights = jnp.exp(scores - higher[:, None])
+        return (higher, total * jnp.exp(top - higher)[:, None] + weights @ keys.T), None
+
+    return jax.lax.scan(chunk, (jnp.zeros(2), jnp.zeros_like(x)), p["w"])[0][1]
+
+
 def experts_with_a_counter(p, x):
     def body(carry, expert):
         i, total = carry
@@ -314,6 +404,12 @@ NOT_LAYERS = [
     experts_in_a_jitted_body,
     experts_with_their_input_through_an_inner_loop,
     experts_with_a_key,
+    experts_with_a_nonlinear_total,
+    experts_under_checkpoint,
+    experts_behind_a_barrier,
+    experts_with_a_capacity,
+    experts_of_tokens_in_turn,
+    attention_to_learned_keys_in_chunks,
     experts_with_a_counter,
     time_with_embedded_tokens_that_are_closed_over,
     vocabulary_in_chunks,
@@ -326,11 +422,37 @@ NOT_LAYERS = [
 @pytest.mark.parametrize("fn", NOT_LAYERS, ids=lambda fn: fn.__name__)
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "grad"])
 def test_loops_over_other_things(fn, grad):
-    def loss(p, x):
-        return fn(p, x).sum()
+    """Their input is made from a parameter, so that the gradient passes through them."""
 
-    with pytest.raises(DepthNotFoundError, match=r"None of the 3 parameters.*from_rules"):
-        trace_depth(jax.grad(loss) if grad else loss, PARAMS, X)
+    def loss(p, x):
+        return fn(p, jnp.tanh(x @ p["embed"])).sum()
+
+    params = PARAMS | {"embed": float32(4, 4)}
+    with pytest.raises(DepthNotFoundError, match=r"None of the 4 parameters.*from_rules"):
+        trace_depth(jax.grad(loss) if grad else loss, params, X)
+
+
+@pytest.mark.parametrize("fn", NOT_LAYERS, ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "grad"])
+def test_layers_beside_and_around_loops_over_other_things(fn, grad):
+    """Real layers before, and the other loop inside each of further layers."""
+
+    def loss(p, x):
+        x = jax.lax.scan(compose, x, p["layers"])[0]
+        x = x + jnp.mean(fn(p["beside"], x))
+        layer = jax.checkpoint(lambda x, inside: (x + jnp.tanh(fn(inside, x)).mean(), None))
+        return jax.lax.scan(layer, x, p["inside"])[0].sum()
+
+    params = {
+        "layers": STACK,
+        "beside": PARAMS,
+        "inside": jax.tree.map(lambda leaf: float32(5, *leaf.shape), PARAMS),
+    }
+    depth = trace_depth(jax.grad(loss) if grad else loss, params, X)
+    used = {path: (place.axis, place.layers) for path, place in depth.items()}
+    assert used.pop("layers") == (0, 3)
+    assert used
+    assert all(path.startswith("inside/") and place == (0, 5) for path, place in used.items())
 
 
 def test_experts_inside_layers():
