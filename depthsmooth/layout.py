@@ -100,17 +100,20 @@ class Depth(Mapping[str, Place]):
         for pattern, axis in rules.items():
             try:
                 re.compile(pattern)
-            except re.error as error:
+                known = isinstance(pattern, str)
+            except (re.error, TypeError):
+                known = False
+            if not known:
                 raise ValueError(
-                    f"The rule {pattern!r} is no regular expression ({error}). A rule is a "
-                    "pattern for the whole path of a leaf, like '.*/layers/.*'."
-                ) from None
-            if not isinstance(axis, int) or isinstance(axis, bool):
+                    f"The rule {pattern!r} is no regular expression. A rule is a pattern for the "
+                    "whole path of a leaf, like '.*/layers/.*'."
+                )
+            if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
                 raise ValueError(
                     f"The rule {pattern!r} has the axis {axis!r}; it needs the integer axis "
                     "that runs over the layers, like 0 or -1."
                 )
-        return cls(rules=tuple(rules.items()))
+        return cls(rules=tuple((pattern, int(axis)) for pattern, axis in rules.items()))
 
     def resolve(self, tree: optax.Params) -> "Depth":
         """Finds the places of the leaves of one tree, and checks each.
@@ -134,18 +137,17 @@ class Depth(Mapping[str, Place]):
             places = _match(self.rules, shapes, masked)
         else:
             places = {path: place for path, place in self.items() if path in shapes}
-            if self and not places and not any(_hides(masked, path) for path in self):
-                ours = next(leaf for leaf in self.leaves if leaf.place is not None)
-                raise ValueError(
-                    f"None of the {len(self)} leaves of this Depth, like {ours}, is in the tree, "
-                    f"whose leaves are {_some(_named(shapes))}. Make the Depth from the same tree "
-                    "that the optimizer is given."
-                )
+            for leaf in self.leaves:
+                if leaf.place is not None and not _hides(masked, leaf.path):
+                    _check_shape(leaf, leaf.place, shapes)
         copies = collections.Counter(path for path, _ in present)
-        for path, leaf in present:
+        for path, array in present:
             if path in places:
-                _check(path, leaf, places[path], copies[path])
+                _check_mixable(path, array, copies[path])
         return Depth(tuple(Leaf(path, shapes[path], places.get(path)) for path, _ in present))
+
+    def __bool__(self) -> bool:
+        return bool(self.rules or self._places)
 
     def __getitem__(self, path: str) -> Place:
         return self._places[path]
@@ -186,20 +188,25 @@ class Depth(Mapping[str, Place]):
 def path_string(keys: KeyPath) -> str:
     """A leaf's path as users write it: its keys joined by ``/``.
 
+    The ``value`` of a box such as ``flax.linen.Partitioned`` is the leaf itself, so
+    that boxed parameters and plain updates have the same paths.
+
     Example:
       >>> [(keys, _)] = jax.tree_util.tree_leaves_with_path({"layers": [{"kernel": 0}]})
       >>> path_string(keys)
       'layers/0/kernel'
     """
+    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
+        keys = keys[:-1]
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def _is_masked(node: object) -> bool:
-    return isinstance(node, optax.MaskedNode)
+    return node is None or isinstance(node, optax.MaskedNode)
 
 
 def _leaves_of(tree: optax.Params) -> tuple[list[tuple[str, jax.Array]], list[str]]:
-    """The leaves with their paths, and the paths that optax.masked has emptied."""
+    """The leaves with their paths, and the paths that are empty: masked, or None."""
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_masked)
     present = [(path_string(keys), node) for keys, node in nodes if not _is_masked(node)]
     return present, [path_string(keys) for keys, node in nodes if _is_masked(node)]
@@ -220,10 +227,14 @@ def _match(
     for pattern, axis in rules:
         matched = [path for path in shapes if re.fullmatch(pattern, path)]
         if not matched and not any(re.fullmatch(pattern, path) for path in masked):
+            hidden = (
+                f" {_some(masked)} is masked: if the rule is for a leaf in there, match it before "
+                "masking, with Depth.from_rules(rules).resolve(params)."
+            )
             raise ValueError(
                 f"The rule {pattern!r} matches no leaf. A rule has to match the whole path of "
-                f"a leaf, and the leaves are {_some(_named(shapes))}. "
-                "Correct the pattern or leave the rule out."
+                f"a leaf, and the leaves are {_some(_named(shapes))}. Correct the pattern or "
+                f"leave the rule out.{hidden if masked else ''}"
             )
         for path in matched:
             shape = shapes[path]
@@ -249,24 +260,34 @@ def _match(
     return places
 
 
-def _check(path: str, leaf: jax.Array, place: Place, copies: int) -> None:
-    """Raises unless the leaf can be mixed along its place."""
-    shape = np.shape(leaf)
-    if shape[place.axis : place.axis + 1] != (place.layers,):
+def _check_shape(leaf: Leaf, place: Place, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises unless the tree has the leaf, with its layers where they were."""
+    if leaf.path not in shapes:
         raise ValueError(
-            f"{path} {shape} does not have the {place.layers} layers on axis {place.axis} that "
-            f"the Depth found by {place.found_by} has there. Make the Depth from the same tree "
-            "that the optimizer is given."
+            f"{leaf} has a place in this Depth, but is not in the tree, whose leaves are "
+            f"{_some(_named(shapes))}. Make the Depth from the same tree that the optimizer is "
+            "given."
         )
+    shape = shapes[leaf.path]
+    if len(shape) != len(leaf.shape) or shape[place.axis] != place.layers:
+        raise ValueError(
+            f"{leaf.path} {shape} does not have the {place.layers} layers on axis {place.axis} "
+            f"that this Depth found by {place.found_by} in {leaf.shape}. Make the Depth from the "
+            "same tree that the optimizer is given."
+        )
+
+
+def _check_mixable(path: str, leaf: jax.Array, copies: int) -> None:
+    """Raises unless the leaf's layers can be mixed."""
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         raise ValueError(
-            f"{path} {shape} is of type {leaf.dtype}, but only floating point and "
-            "complex updates can be mixed. Leave it out of the rules, or keep it from the "
-            "optimizer with optax.masked or optax.partition."
+            f"{path} {leaf.shape} is of type {leaf.dtype}, but only floating point and complex "
+            "updates can be mixed. Leave it out of the rules, or keep it from the optimizer with "
+            "optax.masked or optax.partition."
         )
     if copies > 1:
         raise ValueError(
-            f"{path} {shape} is the path of {copies} leaves, so its place in depth is not "
+            f"{path} {leaf.shape} is the path of {copies} leaves, so its place in depth is not "
             "certain. Rename a key that holds a '/'."
         )
 

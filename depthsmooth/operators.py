@@ -37,7 +37,7 @@ def window(alpha: optax.ScalarOrSchedule) -> Operator:
       identity.
 
     Raises:
-      ValueError: if ``alpha`` is a Python number outside [0, 1).
+      ValueError: if ``alpha`` is a number outside [0, 1), or no scalar.
 
     Example:
       >>> window(0.5)(4, 0).weights
@@ -49,21 +49,34 @@ def window(alpha: optax.ScalarOrSchedule) -> Operator:
       Meng, Sugolov, Papyan, `Gradient Smoothing
       <https://arxiv.org/abs/2606.30813>`_, 2026 (Window Smoothing).
     """
-    if isinstance(alpha, (int, float)) and not 0 <= alpha < 1:
-        raise ValueError(
-            f"alpha is {alpha}, but Window Smoothing needs 0 <= alpha < 1: it is the share "
-            "a layer's update takes from its two neighbours; the paper uses 0.1 and 0.2."
-        )
+    if not callable(alpha):
+        _share(alpha)
 
     def operator(layers: int, count: jax.typing.ArrayLike) -> Stencil:
-        share = alpha(count) if callable(alpha) else alpha
-        known = isinstance(share, (int, float))
-        numeric: types.ModuleType = np if known else jnp
-        if not known:
-            # The widest float there is: an injected alpha may be as narrow as the params.
-            share = jnp.asarray(share, float)
+        share = _share(alpha(count) if callable(alpha) else alpha) if layers > 1 else 0.0
+        numeric: types.ModuleType = np if isinstance(share, float) else jnp
         neighbours = numeric.where(exists((-1, 1), layers), share / 2, 0.0)
         weights = numeric.stack([neighbours[0], 1 - neighbours.sum(0), neighbours[1]])
         return Stencil((-1, 0, 1), weights)
 
     return operator
+
+
+def _share(alpha: object) -> float | jax.Array:
+    """Alpha as a float within its range if it is known, else as the widest traced float.
+
+    A traced alpha may come as narrow as the parameters are: too narrow for 1 - alpha.
+    """
+    if isinstance(alpha, int | float | np.floating | np.integer):
+        if 0 <= alpha < 1:
+            return float(alpha)
+        raise ValueError(
+            f"alpha is {alpha}, but Window Smoothing needs 0 <= alpha < 1: it is the share "
+            "a layer's update takes from its two neighbours; the paper uses 0.1 and 0.2."
+        )
+    if isinstance(alpha, jax.Array | np.ndarray) and alpha.ndim == 0:
+        return jnp.asarray(alpha, float)
+    raise ValueError(
+        f"alpha is {alpha!r}, but it has to be a number, a schedule that gives one, or a scalar "
+        "array."
+    )

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -82,7 +83,7 @@ class _Value:
 
 
 def trace_depth(
-    fn: Callable[..., object], params: optax.Params, *args: object, **kwargs: object
+    fn: Callable[..., object], params: optax.Params, /, *args: object, **kwargs: object
 ) -> Depth:
     """Finds the depth axes of parameters by following them through a function.
 
@@ -121,7 +122,7 @@ def trace_depth(
     leaves = [leaf for _, leaf in keyed]
     paths = [path_string(keys) for keys, _ in keyed]
 
-    def of_leaves(leaves: Sequence[jax.Array], *args: object, **kwargs: object) -> object:
+    def of_leaves(leaves: Sequence[jax.Array], /, *args: object, **kwargs: object) -> object:
         return fn(jax.tree_util.tree_unflatten(treedef, leaves), *args, **kwargs)
 
     walk = _Walk()
@@ -157,7 +158,8 @@ def _jaxpr_of(
         args, kwargs = jax.tree_util.tree_unflatten(treedef, merged)
         return fn(leaves, *args, **kwargs)
 
-    jaxpr: core.Jaxpr = jax.make_jaxpr(of_arrays)(leaves, traced).jaxpr
+    with jax.disable_jit(False):  # with it, a scan would be unrolled
+        jaxpr: core.Jaxpr = jax.make_jaxpr(of_arrays)(leaves, traced).jaxpr
     return jaxpr
 
 
@@ -179,13 +181,14 @@ class _Walk:
 
     def function(self, jaxpr: core.Jaxpr, parameters: int) -> None:
         """Walks a function whose first inputs are the parameters."""
-        inputs = [len(_shape(variable)) for variable in jaxpr.invars]
-        values = [
-            _Value(parts=frozenset({_Part(index, tuple(range(ndim)))}))
-            for index, ndim in enumerate(inputs[:parameters])
-        ]
         data = _Value(sources=frozenset({_DATA}))
-        self._jaxpr(jaxpr, values + [data] * (len(inputs) - parameters))
+        values = [data] * len(jaxpr.invars)
+        for leaf, variable in enumerate(jaxpr.invars[:parameters]):
+            axes = tuple(range(len(_shape(variable))))
+            # Integers can't be mixed, so they are as good as constants.
+            parts = {_Part(leaf, axes)} if _is_inexact(variable) else ()
+            values[leaf] = _Value(parts=frozenset(parts))
+        self._jaxpr(jaxpr, values)
 
     def _jaxpr(self, jaxpr: core.Jaxpr, values: Sequence[_Value]) -> list[_Value]:
         known: dict[core.Var | core.Literal, _Value]
@@ -375,6 +378,10 @@ def _outputs(equation: core.JaxprEqn, values: Sequence[_Value]) -> list[_Value]:
         )
         results.append(_Value(frozenset(parts)))
     return results
+
+
+def _is_inexact(atom: core.Var) -> bool:
+    return jnp.issubdtype(getattr(atom.aval, "dtype", np.bool_), jnp.inexact)
 
 
 def _shape(atom: core.Var | core.Literal) -> _Shape:

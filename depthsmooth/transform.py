@@ -49,7 +49,8 @@ def smooth_over_depth(
       their structure, shapes, dtypes, weak types and shardings.
 
     Raises:
-      ValueError: if ``alpha`` is a number outside [0, 1); on ``init`` and
+      ValueError: if ``alpha`` is a number outside [0, 1) or no scalar, or ``depth``
+        is no Depth; on ``init`` and
         ``update``, if a leaf does not fit its place in ``depth``.
 
     Example:
@@ -66,6 +67,11 @@ def smooth_over_depth(
       <https://arxiv.org/abs/2606.30813>`_, 2026 (Algorithm 1).
     """
     operator = window(alpha)
+    if not isinstance(depth, Depth):
+        raise ValueError(
+            f"depth is {depth!r}, but has to be a Depth: from trace_depth(loss_fn, params, batch), "
+            "or from Depth.from_rules({'.*/layers/.*': 0})."
+        )
 
     def init_fn(params: optax.Params) -> SmoothOverDepthState:
         depth.resolve(params)

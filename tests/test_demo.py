@@ -113,7 +113,7 @@ def test_arms_share_start_and_batches(finished):
         )
         # The first loss is of the initialisation on the first batch; warm-up starts from 0.
         assert adamw["train_loss"][:2] == smooth["train_loss"][:2] == control["train_loss"][:2]
-        assert adamw["train_loss"][-1] != smooth["train_loss"][-1] != control["train_loss"][-1]
+        assert len({run["train_loss"][-1] for run in (adamw, smooth, control)}) == 3
         assert control["shrink"] == smooth["shrink"]
         assert 0.5 < smooth["shrink"] < 1
         assert np.mean(smooth["cosine_after"]) > np.mean(smooth["cosine_before"])
@@ -182,7 +182,8 @@ def test_ctrl_c_before_the_first_run_leaves_nothing(corpus, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Experiment, "run", interrupt)
-    assert main([*SMALL, "--text", str(corpus), "--out", str(tmp_path / "out")]) == 130
+    out = str(tmp_path / "deep" / "out")
+    assert main([*SMALL, "--text", str(corpus), "--out", out]) == 130
     assert "Interrupted. Add --resume" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
@@ -285,7 +286,13 @@ def test_validation_text_is_held_out(tmp_path):
     np.testing.assert_array_equal(batches, loaded.batches(50, 8, 4, seed=0))
 
 
-def test_smoothing_adds_no_temporary_memory_to_the_training_step(experiment):
+def test_smoothing_adds_no_temporary_memory_to_the_training_step():
+    """In the step of the demo's default run."""
+    given = parser().parse_args([])
+    sizes = (given.layers, given.width, given.steps, given.batch, given.context)
+    loaded = text.load(None, given.context)
+    experiment = Experiment(Config(*sizes, given.learning_rate, loaded.digest), loaded)
+
     def compiled(arm):
         params = experiment.abstract_params()
         state = jax.eval_shape(experiment.optimizer(arm).init, params)
@@ -409,8 +416,35 @@ def test_pictures_show_the_runs():
     assert labels == ["AdamW", "AdamW, smoothed 0.2", "AdamW, layers × 0.800"]
 
 
-def test_json_is_standard_json(finished):
+def test_a_diverged_run_is_told_kept_as_standard_json_and_resumed(corpus, tmp_path, capsys):
     def refuse(constant):
         raise AssertionError(constant)
 
-    json.loads((finished / "results.json").read_text(), parse_constant=refuse)
+    out = tmp_path / "out"
+    arguments = [*SMALL, "--seeds", "2", "--text", str(corpus), "--out", str(out)]
+    arguments += ["--learning-rate", "1e30"]
+    for resume in ([], ["--resume"]):
+        assert main([*arguments, *resume]) == 0
+        assert "a run diverged" in capsys.readouterr().out
+        json.loads((out / "results.json").read_text(), parse_constant=refuse)
+
+
+def test_one_step_is_enough(corpus, tmp_path):
+    out = str(tmp_path / "out")
+    assert main([*SMALL, "--steps", "1", "--seeds", "2", "--text", str(corpus), "--out", out]) == 0
+
+
+def test_results_within_the_text_are_not_part_of_it(tmp_path):
+    (tmp_path / "corpus.txt").write_text("the quick brown fox " * 60)
+    arguments = [*SMALL, "--seeds", "1", "--text", str(tmp_path)]
+    arguments += ["--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert main([*arguments, "--resume"]) == 0
+
+
+def test_every_alpha_has_its_curve():
+    alphas = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    losses = {Arm(alpha, control): LOWER for alpha in alphas for control in (False, True)}
+    axes = Figure().subplots()
+    report.Report(runs_of({Arm(): ADAMW} | losses), alphas, 3).draw_similarity(axes)
+    assert len(axes.lines) == 2 * len(alphas) + 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -88,13 +89,57 @@ def test_masked_leaves_may_be_all_that_a_rule_matches():
     assert len(traced.resolve(PARAMS | {"layers": optax.MaskedNode()})) == 0
 
 
-def test_a_resolved_depth_needs_its_own_tree():
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"params": PARAMS}, r"layers/bias \(6, 4\) has a place .* not in the tree.*params/embed"),
+        (
+            PARAMS | {"layers": {"kernel": PARAMS["layers"]["kernel"]}},
+            r"layers/bias \(6, 4\) has a place .* not in the tree",
+        ),
+        (
+            PARAMS | {"layers": {"kernel": jnp.ones((5, 4, 4)), "bias": jnp.ones((6, 4))}},
+            r"layers/kernel \(5, 4, 4\) does not have the 6 layers on axis 0.*\(6, 4, 4\)",
+        ),
+        (
+            PARAMS | {"layers": {"kernel": jnp.ones((6, 6, 4, 4)), "bias": jnp.ones((6, 4))}},
+            r"layers/kernel \(6, 6, 4, 4\) does not have the 6 layers on axis 0.*\(6, 4, 4\)",
+        ),
+    ],
+    ids=["nested", "one is missing", "fewer layers", "another axis"],
+)
+def test_a_resolved_depth_needs_its_own_tree(tree, message):
     depth = Depth.from_rules({"layers/.*": 0}).resolve(PARAMS)
-    with pytest.raises(ValueError, match=r"None of the 2 .* layers/.* params/layers/bias \(6, 4\)"):
-        depth.resolve({"params": PARAMS})
-    fewer = {"layers": {"kernel": jnp.ones((5, 4, 4))}}
-    with pytest.raises(ValueError, match=r"layers/kernel \(5, 4, 4\) .* 6 layers on axis 0"):
-        depth.resolve(fewer)
+    with pytest.raises(ValueError, match=message + r".*same tree"):
+        depth.resolve(tree)
+
+
+def test_leaves_that_are_none_are_no_leaves():
+    depth = Depth.from_rules({"layers/.*": 0}).resolve(PARAMS)
+    frozen = PARAMS | {"layers": {"kernel": PARAMS["layers"]["kernel"], "bias": None}}
+    assert list(depth.resolve(frozen)) == ["layers/kernel"]
+    assert list(depth.resolve(PARAMS | {"layers": None})) == []
+
+
+def test_boxes_do_not_change_paths():
+    boxed = PARAMS | {
+        "layers": jax.tree.map(lambda leaf: nn.Partitioned(leaf, ()), PARAMS["layers"])
+    }
+    depth = Depth.from_rules({"layers/.*": 0}).resolve(boxed)
+    assert depth == Depth.from_rules({"layers/.*": 0}).resolve(PARAMS)
+    assert list(depth) == ["layers/bias", "layers/kernel"]
+
+
+def test_a_rule_for_a_masked_subtree_names_the_way():
+    masked = PARAMS | {"layers": optax.MaskedNode()}
+    with pytest.raises(ValueError, match=r"matches no leaf.* layers is masked.*resolve\(params\)"):
+        Depth.from_rules({"layers/.*": 0}).resolve(masked)
+
+
+def test_truth():
+    assert Depth.from_rules({"layers/.*": 0})
+    assert Depth.from_rules({"layers/.*": 0}).resolve(PARAMS)
+    assert not Depth.from_rules({})
 
 
 @pytest.mark.parametrize(
@@ -151,6 +196,8 @@ def test_refuses_with_path_shape_and_remedy(rules, params, message):
     ("rules", "message"),
     [
         ({"layers/(": 0}, r"'layers/\(' is no regular expression"),
+        ({b"layers": 0}, r"b'layers' is no regular expression"),
+        ({3: 0}, r"The rule 3 is no regular expression"),
         ({"layers": "0"}, r"'layers' has the axis '0'"),
         ({"layers": True}, r"'layers' has the axis True"),
         ({"layers": 0.0}, r"'layers' has the axis 0\.0"),

@@ -104,9 +104,11 @@ def test_identities_are_bit_exact(alpha, layers):
     assert np.asarray(mixed).tobytes() == np.asarray(updates).tobytes()
 
 
-def test_traced_alpha_keeps_one_layer():
-    updates = random((1, 7))
-    np.testing.assert_array_equal(jax.jit(smooth, static_argnums=2)(updates, 0.5, 0), updates)
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_traced_alpha_keeps_one_layer_bit_for_bit(jit):
+    updates = jnp.array([[-0.0, jnp.inf, jnp.nan, 1e-45]], "float32")
+    mixed = (jax.jit(smooth, static_argnums=2) if jit else smooth)(updates, jnp.float32(0.5), 0)
+    assert np.asarray(mixed).tobytes() == np.asarray(updates).tobytes()
 
 
 def test_traced_alpha_gives_float64_weights():

@@ -503,6 +503,48 @@ def test_an_axis_that_is_lost_on_the_way_is_not_guessed():
     assert list(trace_depth(forward, params, X)) == ["v"]
 
 
+def test_integers_in_the_layers_are_left_alone():
+    params = {"w": STACK, "step": jax.ShapeDtypeStruct((3,), "int32")}
+
+    def forward(p, x):
+        return jax.lax.scan(lambda x, layer: compose(x, layer["w"] * layer["step"]), x, p)[0]
+
+    assert list(trace_depth(forward, params, X)) == ["w"]
+
+
+def test_any_keyword_is_the_functions_own():
+    def forward(p, x, *, fn, params, leaves):
+        return scan_once(p, x + fn + params + leaves)
+
+    depth = trace_depth(forward, {"w": STACK}, X, fn=X, params=X, leaves=1.0)
+    assert list(depth) == ["w"]
+
+
+def test_disable_jit_changes_nothing():
+    with jax.disable_jit():
+        assert list(trace_depth(scan_once, {"w": STACK}, X)) == ["w"]
+
+
+def test_boxed_params_serve_plain_updates():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            kernel_init = nn.with_partitioning(nn.initializers.ones, (None, "features"))
+            return x + nn.Dense(4, kernel_init=kernel_init)(nn.gelu(x)), None
+
+    model = nn.scan(
+        Layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=3,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )()
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.ones((2, 4)), None))
+    depth = trace_depth(model.apply, params, X, None)
+    assert list(depth) == ["params/Dense_0/bias", "params/Dense_0/kernel"]
+    assert depth.resolve(nn.unbox(params)) == depth
+
+
 def test_two_axes_are_refused_with_path_and_shape():
     params = {"w": float32(3, 2, 4, 4)}
 

@@ -274,10 +274,33 @@ def test_dtypes_are_kept(dtype):
         chex.assert_trees_all_equal_shapes_and_dtypes(result, tree)
 
 
-@pytest.mark.parametrize("alpha", [-0.1, 1, 1.0, float("nan"), float("inf"), True])
+@pytest.mark.parametrize(
+    "alpha", [-0.1, 1, 1.0, float("nan"), float("inf"), True, np.float32(1.5), np.int64(-1)]
+)
 def test_refuses_alpha_out_of_range(alpha):
     with pytest.raises(ValueError, match=r"alpha is .* needs 0 <= alpha < 1"):
         ds.smooth_over_depth(alpha, depth=DEPTH)
+    tx = ds.smooth_over_depth(lambda count: alpha, depth=DEPTH)
+    with pytest.raises(ValueError, match=r"alpha is .* needs 0 <= alpha < 1"):
+        jax.jit(tx.update)(updates(), tx.init(updates()))
+
+
+@pytest.mark.parametrize("alpha", ["0.1", None, [0.1], np.full(3, 0.1), jnp.full((1,), 0.1)])
+def test_refuses_alpha_that_is_no_scalar(alpha):
+    with pytest.raises(ValueError, match="has to be a number, a schedule"):
+        ds.smooth_over_depth(alpha, depth=DEPTH)
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.float64, np.array, jnp.float32])
+def test_every_kind_of_number_gives_the_same(kind):
+    result, _ = run(ds.smooth_over_depth(kind(0.25), depth=DEPTH), updates())
+    chex.assert_trees_all_equal(result, run(ds.smooth_over_depth(0.25, depth=DEPTH), updates())[0])
+
+
+@pytest.mark.parametrize("depth", [None, {"layers/.*": 0}, 0])
+def test_refuses_a_depth_that_is_none(depth):
+    with pytest.raises(ValueError, match=r"has to be a Depth: from trace_depth"):
+        ds.smooth_over_depth(0.1, depth=depth)
 
 
 @pytest.mark.parametrize("when", ["init", "update"])

@@ -66,11 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser()
     given = options.parse_args(arguments)
     out: pathlib.Path = given.out
-    existed = out.exists()
+    created = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         if given.width % 2:
             raise ValueError(f"--width {given.width} must be even: the blocks have 2 heads.")
-        corpus = text.load(given.text, given.context)
+        corpus = text.load(given.text, given.context, given.out)
         config = Config(
             layers=given.layers,
             width=given.width,
@@ -91,9 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nInterrupted. {kept if results.runs else ''}Add --resume to go on.")
         return 130
     finally:
-        if not existed:
-            with contextlib.suppress(OSError):
-                out.rmdir()  # only succeeds while it is empty
+        with contextlib.suppress(OSError):
+            for folder in created:
+                folder.rmdir()  # only succeeds while it is empty
     return 0
 
 

@@ -17,8 +17,9 @@ from depthsmooth.demo.training import Arm, Run
 
 Runs = Mapping[tuple[Arm, int], Run]
 ADAMW = Arm()
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Told apart by every kind of colour vision (Okabe and Ito)."""
+BLUE = "#0072B2"
+COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""AdamW is blue; all are told apart by every kind of colour vision (Okabe and Ito)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +206,7 @@ class Report:
 
     def draw_similarity(self, axes: matplotlib.axes.Axes) -> None:
         """Cosine of neighbouring layers' updates, before and after smoothing."""
-        for alpha, colour in zip(self.alphas, COLOURS[1:], strict=False):
+        for alpha, colour in zip(self.alphas, _colours([Arm(a) for a in self.alphas]), strict=True):
             runs = self.of(Arm(alpha))
             before, after = (
                 np.mean([getattr(run, name) for run in runs], axis=0)
@@ -258,8 +259,8 @@ def _conclusion(plain: Difference, fair: Difference) -> str:
 
 def _colours(arms: Sequence[Arm]) -> list[str]:
     """A control has the colour of the smoothing it is the control of."""
-    alphas = list(dict.fromkeys(arm.alpha for arm in arms))
-    return [COLOURS[alphas.index(arm.alpha) % len(COLOURS)] for arm in arms]
+    alphas = list(dict.fromkeys(arm.alpha for arm in arms if arm.alpha))
+    return [COLOURS[alphas.index(arm.alpha) % len(COLOURS)] if arm.alpha else BLUE for arm in arms]
 
 
 def _line(arm: Arm) -> str:

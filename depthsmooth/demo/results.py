@@ -3,11 +3,12 @@
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import platform
 import tempfile
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
 import jax
 import optax
@@ -79,13 +80,13 @@ class Results:
             "runs": [dataclasses.asdict(run) for run in self.runs.values()],
         }
         with replacing(self.path) as file:
-            file.write(json.dumps(content, indent=1).encode())
+            file.write(json.dumps(_finite(content), indent=1, allow_nan=False).encode())
 
     def _read(self) -> None:
         try:
             content = json.loads(self.path.read_text())
             config = Config(**content["config"])
-            runs = [Run(**{**run, "arm": Arm(**run["arm"])}) for run in content["runs"]]
+            runs = [Run(**{**_with_nan(run), "arm": Arm(**run["arm"])}) for run in content["runs"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{self.path} can't be read as results ({error}). Move it away, or name another "
@@ -97,6 +98,24 @@ class Results:
                 "the same options to go on from it, or name another directory with --out."
             )
         self.runs = {(run.arm, run.seed): run for run in runs}
+
+
+def _finite(value: object) -> object:
+    """JSON has no NaN and no infinity: what diverged is null there."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _with_nan(value: object) -> Any:
+    """The inverse of :func:`_finite` for a run, in which nothing else is null."""
+    if isinstance(value, Mapping):
+        return {key: _with_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    return math.nan if value is None else value
 
 
 def _check_writable(out: pathlib.Path) -> None:

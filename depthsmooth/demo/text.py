@@ -37,7 +37,7 @@ class Text:
         return _windows(self.validation, starts, context)
 
 
-def load(path: pathlib.Path | None, context: int) -> Text:
+def load(path: pathlib.Path | None, context: int, out: pathlib.Path | None = None) -> Text:
     """Reads a file, the files below a directory, or the standard library's source.
 
     Args:
@@ -45,6 +45,7 @@ def load(path: pathlib.Path | None, context: int) -> Text:
         paths; or None for the top-level modules of the running interpreter's
         standard library.
       context: the number of bytes a model reads at once.
+      out: a directory whose files are left out: that of the results.
 
     Returns:
       The text, with its tail held out.
@@ -55,7 +56,7 @@ def load(path: pathlib.Path | None, context: int) -> Text:
     if path is None:
         name, files = "the standard library", _standard_library()
     else:
-        name, files = str(path), _files_below(path)
+        name, files = str(path), _files_below(path, out)
     try:
         content = b"\n".join(file.read_bytes() for file in files)
     except OSError as error:
@@ -78,10 +79,11 @@ def _standard_library() -> list[pathlib.Path]:
     return sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"))
 
 
-def _files_below(path: pathlib.Path) -> list[pathlib.Path]:
+def _files_below(path: pathlib.Path, out: pathlib.Path | None) -> list[pathlib.Path]:
     if not path.is_dir():
         return [path]
-    return sorted(file for file in path.rglob("*") if file.is_file())
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return [file for file in files if out is None or out.resolve() not in file.resolve().parents]
 
 
 def _windows(values: np.ndarray, starts: np.ndarray, context: int) -> np.ndarray:

@@ -124,7 +124,7 @@ class Experiment:
             optax.add_decayed_weights(0.1, mask=_matrices),
             optax.scale_by_learning_rate(
                 optax.warmup_cosine_decay_schedule(
-                    0.0, self.config.learning_rate, warmup, self.config.steps
+                    0.0, self.config.learning_rate, warmup, max(self.config.steps, warmup + 1)
                 )
             ),
         )
