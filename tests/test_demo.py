@@ -1,5 +1,6 @@
 """The demo: what it promises a user who runs it, interrupts it, resumes it, or errs."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 
 from depthsmooth.demo import report, text
 from depthsmooth.demo.__main__ import main, parser
-from depthsmooth.demo.results import replacing
+from depthsmooth.demo.results import Results, replacing
 from depthsmooth.demo.training import Arm, Config, Experiment, Run
 from tests import reference
 
@@ -416,22 +417,27 @@ def test_pictures_show_the_runs():
     assert labels == ["AdamW", "AdamW, smoothed 0.2", "AdamW, layers × 0.800"]
 
 
-def test_a_diverged_run_is_told_kept_as_standard_json_and_resumed(corpus, tmp_path, capsys):
+def test_a_diverged_run_is_kept_as_standard_json_and_resumed(tmp_path):
     def refuse(constant):
         raise AssertionError(constant)
 
-    out = tmp_path / "out"
-    arguments = [*SMALL, "--seeds", "2", "--text", str(corpus), "--out", str(out)]
-    arguments += ["--learning-rate", "1e30"]
-    for resume in ([], ["--resume"]):
-        assert main([*arguments, *resume]) == 0
-        assert "a run diverged" in capsys.readouterr().out
-        json.loads((out / "results.json").read_text(), parse_constant=refuse)
+    config = Config(3, 8, 6, 2, 8, 1e30, "digest")
+    runs = runs_of({Arm(): ADAMW, SMOOTH: [1.9, float("nan"), float("inf")], CONTROL: LOWER})
+    results = Results(tmp_path, config, resume=False)
+    for run in runs.values():
+        results.add(run)
+    results.write(report.Report(results.runs, [0.2], 3).findings())
+    json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    read = Results(tmp_path, config, resume=True).runs
+    assert np.isnan(read[SMOOTH, 1].validation_loss[-1])
+    assert read[Arm(), 0] == runs[Arm(), 0]
+    assert "diverged" in report.Report(read, [0.2], 3).verdict()
 
 
-def test_one_step_is_enough(corpus, tmp_path):
-    out = str(tmp_path / "out")
-    assert main([*SMALL, "--steps", "1", "--seeds", "2", "--text", str(corpus), "--out", out]) == 0
+def test_one_step_is_enough(experiment):
+    config = dataclasses.replace(experiment.config, steps=1)
+    *_, run = Experiment(config, experiment.text).run(Arm(), 0)
+    assert run.evaluated_at == [0, 1]
 
 
 def test_results_within_the_text_are_not_part_of_it(tmp_path):
