@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import difflib
 import functools
 import math
 import re
@@ -97,6 +98,11 @@ class Depth(Mapping[str, Place]):
           left alone                     1           8
           left alone: head (4, 2)
         """
+        if not isinstance(rules, Mapping):
+            raise ValueError(
+                f"The rules are {rules!r}, but have to map patterns to axes, like "
+                "{'.*/layers/.*': 0}."
+            )
         for pattern, axis in rules.items():
             try:
                 re.compile(pattern)
@@ -165,7 +171,9 @@ class Depth(Mapping[str, Place]):
     def __str__(self) -> str:
         if self.rules:
             rules = [(pattern, str(axis)) for pattern, axis in self.rules]
-            return _table([("rule", "axis"), *rules]) + "\nnot matched with a tree yet"
+            return _table([("rule", "axis"), *rules]) + (
+                "\nnot matched with a tree yet: print(depth.resolve(params)) shows what they match"
+            )
         groups: dict[tuple[str, int, str], list[Leaf]] = {}
         for leaf in self.leaves:
             if leaf.place is not None:
@@ -233,7 +241,7 @@ def _match(
             )
             raise ValueError(
                 f"The rule {pattern!r} matches no leaf. A rule has to match the whole path of "
-                f"a leaf, and the leaves are {_some(_named(shapes))}. Correct the pattern or "
+                f"a leaf, and the leaves are {_some(_named(shapes, like=pattern))}. Correct it or "
                 f"leave the rule out.{hidden if masked else ''}"
             )
         for path in matched:
@@ -296,8 +304,10 @@ def _size(leaves: Sequence[Leaf]) -> tuple[str, str]:
     return str(len(leaves)), f"{sum(math.prod(leaf.shape) for leaf in leaves):,}"
 
 
-def _named(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    return [f"{path} {shape}" for path, shape in shapes.items()]
+def _named(shapes: Mapping[str, tuple[int, ...]], like: str = "") -> list[str]:
+    """Paths with shapes, those that are most like a misspelt one first."""
+    paths = sorted(shapes, key=lambda path: -difflib.SequenceMatcher(None, like, path).ratio())
+    return [f"{path} {shapes[path]}" for path in paths]
 
 
 def _some(names: Sequence[str], most: int = 12) -> str:

@@ -104,7 +104,8 @@ def trace_depth(
 
     Raises:
       DepthNotFoundError: if no parameter is scanned over in a loop over layers.
-      ValueError: if a parameter is scanned over along two axes.
+      ValueError: if a parameter is scanned over along two axes, or ``fn`` can't be
+        called.
 
     Example:
       >>> def forward(params, x):
@@ -118,6 +119,11 @@ def trace_depth(
       left alone                     1           8
       left alone: head (4, 2)
     """
+    if not callable(fn):
+        raise ValueError(
+            f"trace_depth takes the function first, then params, but {type(fn).__name__} can't be "
+            "called."
+        )
     keyed, treedef = jax.tree_util.tree_flatten_with_path(params)
     leaves = [leaf for _, leaf in keyed]
     paths = [path_string(keys) for keys, _ in keyed]
@@ -130,9 +136,11 @@ def trace_depth(
     places = _places(walk, paths, [np.shape(leaf) for leaf in leaves])
     if not places:
         raise DepthNotFoundError(
-            f"None of the {len(paths)} parameters is scanned over by a loop over layers in "
-            "this function. If the layers are stacked, say where with "
-            "Depth.from_rules({'.*/layers/.*': axis})."
+            f"None of the {len(paths)} parameters, like {paths[0]} {np.shape(leaves[0])}, is "
+            "scanned over by a loop over layers in this function. If layers are stacked there, "
+            "say where with Depth.from_rules({'.*/layers/.*': axis})."
+            if paths
+            else "There are no parameters. Give trace_depth the tree that the optimizer is given."
         )
     return Depth(
         tuple(

@@ -74,7 +74,7 @@ def test_prints_the_depth_table_the_results_and_a_verdict(corpus, tmp_path, caps
     arguments = [*SMALL, "--seeds", "2", "--alpha", "0.1", "0.3", "--text", str(corpus)]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     printed, progress = capsys.readouterr()
-    before, after = printed.split("final loss")
+    before, after = printed.split("Seeds: 2")
     assert "params/blocks       3     0      12" in before
     for name in ("AdamW ", "AdamW, smoothed 0.1", "AdamW, smoothed 0.3", "AdamW, layers × 0."):
         assert name in after
@@ -178,6 +178,26 @@ def test_ctrl_c_keeps_the_finished_runs(corpus, tmp_path):
     assert len(content(out)["runs"]) >= 1
 
 
+def test_ctrl_c_while_compiling_is_no_crash(corpus, tmp_path):
+    arguments = ["--text", str(corpus), "--out", str(tmp_path / "out")]
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "depthsmooth.demo", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+    printed = iter(process.stdout.readline, "")
+    next(line for line in printed if line.startswith("left alone:"))
+    time.sleep(2)  # the first run's initialisation and steps are compiled now
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted. No run had finished" in rest
+    assert not (tmp_path / "out").exists()
+
+
 def test_ctrl_c_before_the_first_run_leaves_nothing(corpus, tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -185,7 +205,7 @@ def test_ctrl_c_before_the_first_run_leaves_nothing(corpus, tmp_path, monkeypatc
     monkeypatch.setattr(Experiment, "run", interrupt)
     out = str(tmp_path / "deep" / "out")
     assert main([*SMALL, "--text", str(corpus), "--out", out]) == 130
-    assert "Interrupted. Add --resume" in capsys.readouterr().out
+    assert "Interrupted. No run had finished" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -193,17 +213,18 @@ def test_ctrl_c_before_the_first_run_leaves_nothing(corpus, tmp_path, monkeypatc
     ("arguments", "message"),
     [
         (["--text", "{tmp}/absent"], "absent can't be read: No such file"),
-        (["--text", "{tmp}/empty"], "empty holds 0 bytes in 1 files"),
-        (["--text", "{tmp}/folder"], "folder holds 0 bytes in 0 files"),
-        (["--text", "{tmp}/short"], "short holds 40 bytes in 1 files; with --context 8"),
-        (["--out", "{tmp}/empty"], "empty can't be written: File exists"),
+        (["--text", "{tmp}/empty"], "empty holds 0 bytes in 1 file(s)"),
+        (["--text", "{tmp}/folder"], "folder holds 0 bytes in 0 file(s)"),
+        (["--text", "{tmp}/short"], "short holds 40 bytes in 1 file(s); with --context 8"),
+        (["--out", "{tmp}/empty"], "empty can't be written: it is a file"),
         (["--out", "{tmp}/empty/below"], "below can't be written: Not a directory"),
         (["--out", "/dev/full/below"], "below can't be written"),
-        (["--alpha", "1"], "1 must be above 0 and below 1"),
+        (["--alpha", "1"], "1 is not a number above 0 and below 1"),
         (["--alpha", "0.2", "-0.1"], "-0.1"),
-        (["--steps", "0"], "0 must be at least 1"),
-        (["--seeds", "two"], "invalid"),
-        (["--learning-rate", "0"], "0 must be above 0"),
+        (["--steps", "0"], "0 is not a whole number of at least 1"),
+        (["--seeds", "two"], "two is not a whole number"),
+        (["--learning-rate", "0"], "0 is not a number above 0"),
+        (["--layers", "1"], "--layers 1 leaves nothing to mix"),
         (["--width", "7"], "--width 7 must be even"),
     ],
 )
@@ -409,10 +430,14 @@ def test_pictures_show_the_runs():
     summary.draw_difference(difference)
     summary.draw_similarity(similarity)
     assert [line.get_ydata()[-1] for line in loss.lines] == pytest.approx([2.1, 2.0, 2.2])
-    assert [line.get_ydata()[-1] for line in difference.lines] == pytest.approx([-0.1, 0.1, 0])
-    assert len(difference.collections) == 2
-    after, before = (line.get_ydata() for line in similarity.lines[:2])
+    ends = [line.get_ydata()[-1] for line in difference.lines]
+    low, high = (getattr(summary.difference(CONTROL), end) for end in ("low", "high"))
+    assert ends == pytest.approx([-0.1, 0.1, low, high, 0])
+    assert len(difference.collections) == 1  # the band of the smoothed arm
+    after, before, unrelated = (line.get_ydata() for line in similarity.lines[:3])
     np.testing.assert_allclose([after, before], [[0.2, 0.3], [0.0, 0.1]])
+    # By hand, for 3 layers: rows (0.9, 0.1, 0), (0.1, 0.8, 0.1), (0, 0.1, 0.9).
+    np.testing.assert_allclose(unrelated, [0.17 / (0.82 * 0.66) ** 0.5] * 2, rtol=1e-6)
     labels = [text.get_text() for text in loss.get_legend().get_texts()]
     assert labels == ["AdamW", "AdamW, smoothed 0.2", "AdamW, layers × 0.800"]
 
@@ -453,4 +478,4 @@ def test_every_alpha_has_its_curve():
     losses = {Arm(alpha, control): LOWER for alpha in alphas for control in (False, True)}
     axes = Figure().subplots()
     report.Report(runs_of({Arm(): ADAMW} | losses), alphas, 3).draw_similarity(axes)
-    assert len(axes.lines) == 2 * len(alphas) + 1
+    assert len(axes.lines) == 3 * len(alphas) + 1

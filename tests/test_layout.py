@@ -39,7 +39,8 @@ def test_is_immutable_and_hashable():
 
 def test_prints_as_a_table():
     rules = Depth.from_rules({"layers/.*": 0})
-    assert str(rules) == "rule       axis\nlayers/.*     0\nnot matched with a tree yet"
+    assert str(rules).startswith("rule       axis\nlayers/.*     0\nnot matched with a tree yet")
+    assert "depth.resolve(params)" in str(rules)
     assert str(rules.resolve(PARAMS)) == (
         "group       layers  axis  leaves  parameters  found by\n"
         "layers/.*        6     0       2         120  rule\n"
@@ -148,7 +149,7 @@ def test_truth():
         (
             {"layer/.*": 0},
             PARAMS,
-            r"'layer/\.\*' matches no leaf.* layers/kernel \(6, 4, 4\).*Correct the pattern",
+            r"'layer/\.\*' matches no leaf.*the leaves are layers/\w+ \(6, 4.*Correct it",
         ),
         (
             {"kernel": 0},
@@ -203,6 +204,12 @@ def test_refuses_with_path_shape_and_remedy(rules, params, message):
         ({"layers": 0.0}, r"'layers' has the axis 0\.0"),
     ],
 )
-def test_refuses_rules_that_are_none(rules, message):
+def test_refuses_a_rule_that_is_none(rules, message):
     with pytest.raises(ValueError, match=message):
+        Depth.from_rules(rules)
+
+
+@pytest.mark.parametrize("rules", ["layers/.*", [("layers/.*", 0)], None])
+def test_refuses_rules_that_are_no_mapping(rules):
+    with pytest.raises(ValueError, match=r"have to map patterns to axes"):
         Depth.from_rules(rules)

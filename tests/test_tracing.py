@@ -428,7 +428,9 @@ def test_loops_over_other_things(fn, grad):
         return fn(p, jnp.tanh(x @ p["embed"])).sum()
 
     params = PARAMS | {"embed": float32(4, 4)}
-    with pytest.raises(DepthNotFoundError, match=r"None of the 4 parameters.*from_rules"):
+    with pytest.raises(
+        DepthNotFoundError, match=r"None of the 4 parameters, like b \(3, 4\).*from_rules"
+    ):
         trace_depth(jax.grad(loss) if grad else loss, params, X)
 
 
@@ -518,6 +520,13 @@ def test_any_keyword_is_the_functions_own():
 
     depth = trace_depth(forward, {"w": STACK}, X, fn=X, params=X, leaves=1.0)
     assert list(depth) == ["w"]
+
+
+def test_refuses_what_is_no_function_and_no_params():
+    with pytest.raises(ValueError, match="takes the function first"):
+        trace_depth({"w": STACK}, scan_once, X)
+    with pytest.raises(DepthNotFoundError, match="There are no parameters"):
+        trace_depth(lambda p, x: x, {}, X)
 
 
 def test_disable_jit_changes_nothing():

@@ -15,11 +15,14 @@ try:
     import scipy  # noqa: F401
     import tqdm
 except ModuleNotFoundError as missing:
-    sys.exit(f"The demo needs {missing.name}: python -m pip install 'depthsmooth[demo]'")
+    sys.exit(f"The demo needs {missing.name}, of the extra: python -m pip install -e '.[demo]'")
 
 from depthsmooth.demo import report, text
 from depthsmooth.demo.results import Results
 from depthsmooth.demo.training import Arm, Config, Experiment, Run
+
+INTERRUPTED = 130
+"""The exit status after Ctrl-C."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out: pathlib.Path = given.out
     created = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
+        if given.layers < 2:
+            raise ValueError("--layers 1 leaves nothing to mix: give 2 or more.")
         if given.width % 2:
             raise ValueError(f"--width {given.width} must be even: the blocks have 2 heads.")
         corpus = text.load(given.text, given.context, given.out)
@@ -87,9 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _compare(Experiment(config, corpus), results, alphas, given.seeds)
     except KeyboardInterrupt:
-        kept = f"The finished runs ({len(results.runs)}) are in {results.path}. "
-        print(f"\nInterrupted. {kept if results.runs else ''}Add --resume to go on.")
-        return 130
+        kept = (
+            f"The finished runs ({len(results.runs)}) are in {results.path}: add --resume to go on."
+        )
+        print(f"\nInterrupted. {kept if results.runs else 'No run had finished: nothing is kept.'}")
+        return INTERRUPTED
     finally:
         with contextlib.suppress(OSError):
             for folder in created:
@@ -101,14 +108,15 @@ def _compare(experiment: Experiment, results: Results, alphas: Sequence[float], 
     """Makes the runs that are missing, then reports."""
     train, validation = len(experiment.text.train), len(experiment.text.validation)
     print(f"Learning from {train:,} bytes, validating on {validation:,}. Smoothed over depth:\n")
-    print(experiment.depth, end="\n\n")
+    print(experiment.depth, end="\n\n", flush=True)
     wanted = [
         (arm, seed)
         for seed in range(seeds)
         for arm in [Arm(), *(Arm(alpha, control) for alpha in alphas for control in (False, True))]
     ]
     missing = [run for run in wanted if run not in results.runs]
-    with tqdm.tqdm(total=len(missing) * experiment.config.steps, unit="step") as bar:
+    total = len(missing) * experiment.config.steps
+    with tqdm.tqdm(total=total, unit="step", disable=not missing) as bar:
         for arm, seed in missing:
             bar.set_description(f"seed {seed}, {_describe(arm)}")
             results.add(_run(experiment, results, arm, seed, bar))
@@ -116,8 +124,9 @@ def _compare(experiment: Experiment, results: Results, alphas: Sequence[float], 
     summary.save_pictures(results.path.parent)
     results.write(summary.findings())
     print()
-    rich.console.Console(width=None if sys.stdout.isatty() else 110).print(summary.table())
-    print(summary.verdict())
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 110)
+    console.print(summary.table())
+    console.print(summary.verdict(), markup=False, highlight=False)
     print(
         f"\nWritten to {results.path.parent}{os.sep}: results.json, loss.png, update-similarity.png"
     )
@@ -143,25 +152,31 @@ def _describe(arm: Arm) -> str:
 
 
 def _positive(value: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return number
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a whole number of at least 1")
+    return int(value)
 
 
 def _positive_float(value: str) -> float:
-    number = float(value)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value} must be above 0")
-    return number
+    return _between(value, float("inf"), "a number above 0")
 
 
 def _alpha(value: str) -> float:
-    number = float(value)
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be above 0 and below 1")
-    return number
+    return _between(value, 1, "a number above 0 and below 1")
+
+
+def _between(value: str, high: float, what: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(value) < high:
+            return float(value)
+    raise argparse.ArgumentTypeError(f"{value} is not {what}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == INTERRUPTED:
+        # A compilation may still be running, and JAX's own teardown would crash under it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

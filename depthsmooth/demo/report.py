@@ -4,7 +4,9 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import jax.numpy as jnp
 import matplotlib.axes
+import matplotlib.ticker
 import numpy as np
 import rich.box
 import rich.table
@@ -12,8 +14,10 @@ import scipy.stats
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from depthsmooth import window
 from depthsmooth.demo.results import replacing
 from depthsmooth.demo.training import Arm, Run
+from depthsmooth.stencil import apply
 
 Runs = Mapping[tuple[Arm, int], Run]
 ADAMW = Arm()
@@ -104,14 +108,15 @@ class Report:
     def table(self) -> rich.table.Table:
         """One row for each arm."""
         table = rich.table.Table(
-            title=f"{len(self.seeds)} seeds, the same start and batches for every arm",
+            title=f"Seeds: {len(self.seeds)}, the same start and batches for every arm",
+            caption="nats per byte; (n/N): seeds in which AdamW's final loss was reached",
             box=rich.box.SIMPLE_HEAD,
         )
         table.add_column("")
         table.add_column("final loss", justify="right")
         table.add_column("minus AdamW [95 %]", justify="right")
         table.add_column("better", justify="right")
-        table.add_column("steps to AdamW's", justify="right")
+        table.add_column("steps to its loss", justify="right")
         table.add_column("ms/step", justify="right")
         for arm in self.arms:
             difference = self.difference(arm)
@@ -170,36 +175,40 @@ class Report:
         self.draw_loss(loss)
         self.draw_difference(difference)
         _save(figure, out / "loss.png")
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        figure = Figure(figsize=(9, 4), layout="constrained")
         self.draw_similarity(figure.subplots())
         _save(figure, out / "update-similarity.png")
 
     def draw_loss(self, axes: matplotlib.axes.Axes) -> None:
-        """Validation loss of each arm, without the first evaluation: it dwarfs the others."""
+        """Validation loss of each arm."""
         for arm, colour in zip(self.arms, _colours(self.arms), strict=True):
             steps, losses = self._curve(arm)
-            axes.plot(
-                steps[1:], losses.mean(axis=0)[1:], _line(arm), color=colour, label=self.name(arm)
-            )
-        axes.set(title="Validation loss, mean over seeds", xlabel="step", ylabel="nats per byte")
+            axes.plot(steps, losses.mean(axis=0), _line(arm), color=colour, label=self.name(arm))
+        axes.set(
+            title="Validation loss, mean over seeds",
+            xlabel="step, second half",
+            ylabel="nats per byte",
+        )
         axes.legend(frameon=False)
 
     def draw_difference(self, axes: matplotlib.axes.Axes) -> None:
-        """Paired difference of each arm to AdamW, with its interval."""
+        """Paired difference of each arm to AdamW, with its interval; a control's is dotted."""
         _, adamw = self._curve(ADAMW)
         for arm, colour in list(zip(self.arms, _colours(self.arms), strict=True))[1:]:
             steps, losses = self._curve(arm)
-            half = len(steps) // 2  # before, differences are ten times as large
-            steps, pairs = steps[half:], (losses - adamw)[:, half:]
+            pairs = losses - adamw
             axes.plot(steps, pairs.mean(axis=0), _line(arm), color=colour, label=self.name(arm))
-            if len(pairs) > 1:
-                low, high = zip(*(_interval(column) for column in pairs.T), strict=True)
-                band = axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-                if arm.control:
-                    band.set(facecolor="none", edgecolor=colour, linestyle="--", linewidth=0.8)
+            if len(pairs) < 2:
+                continue
+            intervals = np.array([_interval(column) for column in pairs.T])
+            if arm.control:
+                axes.plot(steps, intervals, ":", color=colour, linewidth=1)
+            else:
+                axes.fill_between(steps, *intervals.T, color=colour, alpha=0.2, linewidth=0)
         axes.axhline(0, color="black", linewidth=0.8)
+        interval = ", 95 % interval over seeds" if len(self.seeds) > 1 else ""
         axes.set(
-            title="Difference to AdamW, 95 % interval over seeds",
+            title=f"Difference to AdamW{interval}",
             xlabel="step, second half",
             ylabel="nats per byte (below 0 is better)",
         )
@@ -213,22 +222,39 @@ class Report:
                 for name in ("cosine_before", "cosine_after")
             )
             pairs = np.arange(1, len(before) + 1)
-            axes.plot(pairs, after, "o-", color=colour, label=f"after smoothing, α = {alpha:g}")
-            axes.plot(pairs, before, "o--", color=colour, mfc="white", label="before")
+            name = f"α = {alpha:g}"
+            axes.plot(pairs, after, "o-", color=colour, label=f"{name}: after smoothing")
+            axes.plot(pairs, before, "o--", color=colour, mfc="white", label=f"{name}: before")
+            unrelated = _cosine_of_unrelated(alpha, len(before) + 1)
+            axes.plot(pairs, unrelated, ":", color=colour, label=f"{name}: after, if unrelated")
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set(
             title="How alike are the updates of neighbouring layers?",
-            xlabel="layers ℓ and ℓ + 1",
+            xlabel="ℓ, of layers ℓ and ℓ + 1",
             ylabel="cosine, mean over training and seeds",
-            xticks=pairs,
-            xticklabels=[f"{pair}–{pair + 1}" for pair in pairs],
         )
-        axes.legend(frameon=False)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
     def _curve(self, arm: Arm) -> tuple[list[int], np.ndarray]:
-        """Evaluated steps, and validation losses of shape (seeds, evaluations)."""
+        """The second half: evaluated steps, validation losses (seeds, evaluations).
+
+        Before, losses and differences are so large that they would hide the end.
+        """
         runs = self.of(arm)
-        return runs[0].evaluated_at, np.array([run.validation_loss for run in runs])
+        half = len(runs[0].evaluated_at) // 2
+        losses = np.array([run.validation_loss[half:] for run in runs])
+        return runs[0].evaluated_at[half:], losses
+
+
+def _cosine_of_unrelated(alpha: float, layers: int) -> np.ndarray:
+    """What smoothing alone makes of the neighbours of uncorrelated updates of one norm."""
+    identity = jnp.eye(layers)
+    smoothed = np.asarray(apply(window(alpha)(layers, 0), identity, axis=0), np.float64)
+    gram = smoothed @ smoothed.T
+    norms = np.sqrt(gram.diagonal())
+    cosines: np.ndarray = gram.diagonal(1) / (norms[:-1] * norms[1:])
+    return cosines
 
 
 def _sign(difference: Difference) -> int:

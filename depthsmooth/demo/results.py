@@ -119,6 +119,8 @@ def _with_nan(value: object) -> Any:
 
 
 def _check_writable(out: pathlib.Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} can't be written: it is a file. Name a directory.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()

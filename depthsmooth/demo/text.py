@@ -68,7 +68,7 @@ def load(path: pathlib.Path | None, context: int, out: pathlib.Path | None = Non
     cut = len(values) - int(HELD_OUT * len(values))
     if len(values) - cut <= context:
         raise ValueError(
-            f"--text {name} holds {len(values)} bytes in {len(files)} files; with --context "
+            f"--text {name} holds {len(values)} bytes in {len(files)} file(s); with --context "
             f"{context} it needs at least {int((context + 1) / HELD_OUT) + 1}. Name a longer "
             "text, or give a smaller --context."
         )

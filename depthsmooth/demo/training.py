@@ -223,7 +223,7 @@ class Experiment:
             train_loss=losses,
             evaluated_at=[count for count, _ in evaluations],
             validation_loss=[loss for _, loss in evaluations],
-            seconds_per_step=float(np.median(seconds)),
+            seconds_per_step=float(np.median(seconds[1:] or seconds)),  # the first compiles
             shrink=float(shrink),
             cosine_before=before.tolist(),
             cosine_after=after.tolist(),
