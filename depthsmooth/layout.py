@@ -131,9 +131,9 @@ class Depth(Mapping[str, Place]):
           The Depth of that tree's leaves. A tree without leaves gives ``self``.
 
         Raises:
-          ValueError: if a leaf does not fit its place, or a rule or the whole
-            Depth matches nothing in the tree. The message names the path, the
-            shape and the remedy.
+          ValueError: if a leaf does not fit its place, a rule matches nothing, or a
+            leaf with a place is missing and not masked. The message names the
+            path, the shape and the remedy.
         """
         present, masked = _leaves_of(tree)
         if not present:

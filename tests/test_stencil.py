@@ -160,7 +160,8 @@ def test_is_pads_and_products_only():
 
 @pytest.mark.parametrize("spec", ["layers", "features", "both"])
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
-def test_sharding_is_kept(spec, explicit):
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_sharding_is_kept(spec, explicit, jit):
     kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
     mesh = jax.make_mesh((2, 4), ("layers", "features"), axis_types=(kind, kind))
     axes = {"layers": ("layers", None), "features": (None, "features")}.get(
@@ -170,6 +171,6 @@ def test_sharding_is_kept(spec, explicit):
     updates = random((4, 8))
     with jax.set_mesh(mesh):
         placed = jax.device_put(updates, sharding)
-        mixed = jax.jit(smooth, static_argnums=(1, 2))(placed, 0.2, 0)
+        mixed = (jax.jit(smooth, static_argnums=(1, 2)) if jit else smooth)(placed, 0.2, 0)
     assert mixed.sharding.is_equivalent_to(sharding, 2)
     assert_close(mixed, reference.window(np.asarray(updates), 0.2, 0), 1e-6)
