@@ -202,6 +202,16 @@ LAYERS = {
         )[0],
         {"w": 0},
     ),
+    "after a loop that carried the stack along": (
+        lambda p, x: scan_once(
+            *reversed(
+                jax.lax.scan(
+                    lambda c, _: (jax.jit(lambda x, p: (2 * x, p))(*c), None), (x, p), length=2
+                )[0]
+            )
+        ),
+        {"w": 0},
+    ),
     "contracted in a while loop": (
         lambda p, x: jax.lax.scan(
             lambda x, w: (jax.lax.while_loop(lambda c: c.sum() < 3, lambda c: c @ w, x), None),
