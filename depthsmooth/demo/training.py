@@ -215,8 +215,8 @@ class Experiment:
         evaluations.append((config.steps, float(self.evaluate(params))))
         before = after = np.array([])
         if observations:
-            means = (np.mean(part, axis=0) for part in zip(*observations, strict=True))
-            shrink, before, after = means
+            shrinks, before, after = map(np.array, zip(*observations, strict=True))
+            shrink, before, after = float(shrinks.mean()), before.mean(axis=0), after.mean(axis=0)
         yield Run(
             arm=arm,
             seed=seed,
@@ -224,7 +224,7 @@ class Experiment:
             evaluated_at=[count for count, _ in evaluations],
             validation_loss=[loss for _, loss in evaluations],
             seconds_per_step=float(np.median(seconds[1:] or seconds)),  # the first compiles
-            shrink=float(shrink),
+            shrink=shrink,
             cosine_before=before.tolist(),
             cosine_after=after.tolist(),
         )
