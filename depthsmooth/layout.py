@@ -6,7 +6,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 
 import jax
 import jax.numpy as jnp
@@ -143,8 +143,9 @@ class Depth(Mapping[str, Place]):
             places = _match(self.rules, shapes, masked)
         else:
             places = {path: place for path, place in self.items() if path in shapes}
+            hidden = set(masked)
             for leaf in self.leaves:
-                if leaf.place is not None and not _hides(masked, leaf.path):
+                if leaf.place is not None and not _hides(hidden, leaf.path):
                     _check_shape(leaf, leaf.place, shapes)
         copies = collections.Counter(path for path, _ in present)
         for path, array in present:
@@ -220,9 +221,10 @@ def _leaves_of(tree: optax.Params) -> tuple[list[tuple[str, jax.Array]], list[st
     return present, [path_string(keys) for keys, node in nodes if _is_masked(node)]
 
 
-def _hides(masked: Sequence[str], path: str) -> bool:
+def _hides(masked: Set[str], path: str) -> bool:
     """Whether the leaf is masked, by itself or with a subtree that holds it."""
-    return any(path == hidden or path.startswith(f"{hidden}/") for hidden in masked)
+    keys = path.split("/")
+    return any("/".join(keys[: k + 1]) in masked for k in range(len(keys)))
 
 
 def _match(

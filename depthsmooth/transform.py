@@ -50,8 +50,7 @@ def smooth_over_depth(
 
     Raises:
       ValueError: if ``alpha`` is a number outside [0, 1) or no scalar, or ``depth``
-        is no Depth; on ``init`` and
-        ``update``, if a leaf does not fit its place in ``depth``.
+        is no Depth; on ``init`` and ``update``, if a leaf does not fit its place.
 
     Example:
       >>> import depthsmooth as ds
