@@ -359,6 +359,16 @@ def test_the_control_scales_the_layers_and_nothing_else(experiment):
     chex.assert_trees_all_equal(half, plain)
 
 
+def test_only_kernels_and_embeddings_decay(experiment):
+    params = experiment.init(0)
+    tx = experiment.optimizer(Arm())
+    zeros = jax.tree.map(jax.numpy.zeros_like, params)
+    _, state = tx.update(zeros, tx.init(params), params)
+    updates, _ = tx.update(zeros, state, params)  # the learning rate of the first is 0
+    for keys, update in jax.tree_util.tree_leaves_with_path(updates):
+        assert bool(abs(update).max() > 0) == (keys[-1].key in ("kernel", "embedding")), keys
+
+
 def test_what_is_observed_of_an_update(experiment):
     """Shrink factor and neighbours' cosines, against NumPy."""
     params = experiment.init(0)
@@ -445,6 +455,7 @@ def test_pictures_show_the_runs():
     summary.draw_difference(difference)
     summary.draw_similarity(similarity)
     assert [line.get_ydata()[-1] for line in loss.lines] == pytest.approx([2.1, 2.0, 2.2])
+    assert [line.get_linestyle() for line in loss.lines] == ["-", "-", "--"]
     ends = [line.get_ydata()[-1] for line in difference.lines]
     low, high = (getattr(summary.difference(CONTROL), end) for end in ("low", "high"))
     assert ends == pytest.approx([-0.1, 0.1, low, high, 0])
