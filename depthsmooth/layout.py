@@ -1,40 +1,35 @@
 """Where depth is: an immutable map from the paths of a parameter tree to their layers."""
 
+from __future__ import annotations
+
 import collections
 import dataclasses
-import difflib
 import functools
+import itertools
+import json
 import math
-import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-KeyPath = tuple[Hashable, ...]
+from depthsmooth import rules as rules_
+from depthsmooth.places import (
+    Place,
+    Shape,
+    hides,
+    leaves_of,
+    named,
+    shape_of,
+    some,
+    stacked,
+)
+from depthsmooth.rules import Rule, RuleLike
 
 
 class DepthNotFoundError(ValueError):
     """No leaf is stacked over depth, as far as can be told with certainty."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where the layers of one leaf are.
-
-    Attributes:
-      group: name of the depth group; the leaves of a group have the same layers.
-      layers: number of layers L.
-      axis: the leaf's axis that runs over the layers, counted from 0.
-      found_by: what says so, ``"trace"`` or ``"rule"``.
-    """
-
-    group: str
-    layers: int
-    axis: int
-    found_by: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,35 +40,68 @@ class Leaf:
       path: its keys joined by ``/``.
       shape: its shape.
       place: where its layers are; None where it is left alone.
+      reason: why it is left alone.
     """
 
     path: str
-    shape: tuple[int, ...]
+    shape: Shape
     place: Place | None = None
+    reason: str = ""
 
     def __str__(self) -> str:
         return f"{self.path} {self.shape}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Track:
+    """One tensor through all the layers of a group: the leaves that are mixed together.
+
+    Attributes:
+      paths: the leaves that hold its layers: one stack, or a leaf for each layer, or
+        several stacks that the layers are dealt to in turn.
+      places: the place of each.
+    """
+
+    paths: tuple[str, ...]
+    places: tuple[Place, ...]
+
+    @functools.cached_property
+    def _present(self) -> list[int]:
+        return sorted(layer for place in self.places for layer in place.layers)
+
+    @functools.cached_property
+    def runs(self) -> tuple[int, ...]:
+        """The lengths of its runs of layers without a gap: a gap keeps two runs apart."""
+        gaps = [k for k, (a, b) in enumerate(itertools.pairwise(self._present), 1) if b > a + 1]
+        return tuple(b - a for a, b in itertools.pairwise([0, *gaps, len(self._present)]))
+
+    @functools.cached_property
+    def layers(self) -> tuple[tuple[int, ...], ...]:
+        """For each leaf the layers it holds, counted among those that are present."""
+        rank = {layer: k for k, layer in enumerate(self._present)}
+        return tuple(tuple(rank[layer] for layer in place.layers) for place in self.places)
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Depth(Mapping[str, Place]):
-    """Which leaves of a parameter tree are stacked over depth, and along which axis.
+    """Which leaves of a parameter tree hold layers, which layers, and along which axes.
 
     Immutable and hashable; a mapping from path to :class:`Place`; prints as a
     table. :func:`depthsmooth.trace_depth` makes one from a model's forward pass,
-    :meth:`from_rules` from what the user says.
+    :func:`depthsmooth.find_depth` from the parameter tree alone, :meth:`from_rules`
+    from what the user says.
 
     Attributes:
       leaves: every leaf of the tree, also those left alone; empty while rules
         have not met a tree.
-      rules: pairs of path pattern and axis that have not met a tree yet.
+      rules: pairs of path pattern and rule that have not met a tree yet.
     """
 
     leaves: tuple[Leaf, ...] = ()
-    rules: tuple[tuple[str, int], ...] = ()
+    rules: tuple[tuple[str, Rule], ...] = ()
 
     @classmethod
-    def from_rules(cls, rules: Mapping[str, int]) -> "Depth":
+    def from_rules(cls, rules: Mapping[str, RuleLike]) -> Depth:
         """Says where depth is: the leaves that one pattern matches are one depth group.
 
         The rules meet the parameters when the optimizer is initialised, and the
@@ -81,14 +109,19 @@ class Depth(Mapping[str, Place]):
 
         Args:
           rules: from a regular expression, which has to match the whole path of
-            a leaf (its keys joined by ``/``), to the axis that runs over the
-            layers. Negative axes count from the end. ``{}`` smooths nothing.
+            a leaf (its keys joined by ``/``), to the layout of the layers there:
+            the axis that they are stacked along, or several from outer to inner as
+            a tuple (negative axes count from the end);
+            :func:`~depthsmooth.numbered` for layers with leaves of their own,
+            :func:`~depthsmooth.interleaved` for stacks whose layers alternate,
+            :func:`~depthsmooth.sequence` for containers that follow one another.
+            ``{}`` smooths nothing.
 
         Returns:
           A Depth that holds the rules.
 
         Raises:
-          ValueError: if a pattern is no regular expression or an axis no integer.
+          ValueError: if a pattern is no regular expression, or a rule is none.
 
         Example:
           >>> params = {"layers": {"kernel": jnp.ones((12, 4, 4))}, "head": jnp.ones((4, 2))}
@@ -103,25 +136,10 @@ class Depth(Mapping[str, Place]):
                 f"The rules are {rules!r}, but have to map patterns to axes, like "
                 "{'.*/layers/.*': 0}."
             )
-        for pattern, axis in rules.items():
-            try:
-                re.compile(pattern)
-                known = isinstance(pattern, str)
-            except (re.error, TypeError):
-                known = False
-            if not known:
-                raise ValueError(
-                    f"The rule {pattern!r} is no regular expression. A rule is a pattern for the "
-                    "whole path of a leaf, like '.*/layers/.*'."
-                )
-            if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
-                raise ValueError(
-                    f"The rule {pattern!r} has the axis {axis!r}; it needs the integer axis "
-                    "that runs over the layers, like 0 or -1."
-                )
-        return cls(rules=tuple((pattern, int(axis)) for pattern, axis in rules.items()))
+        known = [(pattern, rules_.as_rule(pattern, rule)) for pattern, rule in rules.items()]
+        return cls(rules=tuple(known))
 
-    def resolve(self, tree: optax.Params) -> "Depth":
+    def resolve(self, tree: optax.Params) -> Depth:
         """Finds the places of the leaves of one tree, and checks each.
 
         Args:
@@ -135,23 +153,102 @@ class Depth(Mapping[str, Place]):
             leaf with a place is missing and not masked. The message names the
             path, the shape and the remedy.
         """
-        present, masked = _leaves_of(tree)
+        present, masked = leaves_of(tree)
         if not present:
             return self
-        shapes = {path: np.shape(leaf) for path, leaf in present}
+        shapes = {path: shape_of(leaf) for path, leaf in present}
+        reasons = {leaf.path: leaf.reason for leaf in self.leaves}
         if self.rules:
-            places = _match(self.rules, shapes, masked)
+            places = rules_.match(dict(self.rules), shapes, masked)
         else:
             places = {path: place for path, place in self.items() if path in shapes}
             hidden = set(masked)
             for leaf in self.leaves:
-                if leaf.place is not None and not _hides(hidden, leaf.path):
+                if leaf.place is not None and not hides(hidden, leaf.path):
                     _check_shape(leaf, leaf.place, shapes)
+            rules_.check_tensors("the Depth", places, shapes)
         copies = collections.Counter(path for path, _ in present)
         for path, array in present:
             if path in places:
-                _check_mixable(path, array, copies[path])
-        return Depth(tuple(Leaf(path, shapes[path], places.get(path)) for path, _ in present))
+                check_mixable(path, array, copies[path])
+        unknown = "no rule matches it" if self.rules else "the Depth was made without it"
+        return Depth(
+            tuple(
+                Leaf(path, shapes[path], places[path])
+                if path in places
+                else Leaf(path, shapes[path], None, reasons.get(path, unknown))
+                for path, _ in present
+            )
+        )
+
+    def explain(self, path: str) -> str:
+        """Says why a leaf is, or is not, smoothed, and with which others.
+
+        Args:
+          path: the path of a leaf, as the table has it.
+
+        Raises:
+          ValueError: if there is no such leaf.
+
+        Example:
+          >>> params = {f"block_{i}": jnp.ones((4, 4)) for i in range(3)} | {"head": jnp.ones(4)}
+          >>> depth = Depth.from_rules({"block.*": rules_.numbered()}).resolve(params)
+          >>> print(depth.explain("block_1"))
+          block_1 (4, 4) is layer 1 of 3 of the group 'block.*', found by rule. It is mixed with
+          block_0 (layer 0), block_2 (layer 2).
+          >>> print(depth.explain("head"))
+          head (4,) is left alone: no rule matches it.
+        """
+        leaves = {leaf.path: leaf for leaf in self.leaves}
+        if path not in leaves:
+            hint = (
+                "Resolve it first: depth.resolve(params)."
+                if self.rules
+                else f"It has {some(named({p: leaf.shape for p, leaf in leaves.items()}, path))}."
+            )
+            raise ValueError(f"There is no leaf {path!r} in this Depth. {hint}")
+        leaf = leaves[path]
+        if leaf.place is None:
+            return f"{leaf} is left alone: {leaf.reason or 'it has no place in depth'}."
+        place = leaf.place
+        axes = f", along {_axes_name(place.axes)}" if place.axes else ""
+        first = (
+            f"{leaf} is {_layers_name(place.layers)} of {self._sizes[place.group]} of the group "
+            f"{place.group!r}{axes}, found by {place.found_by}."
+        )
+        [track] = [track for track in self.tracks if path in track.paths]
+        others = [
+            f"{other} ({_layers_name(at.layers)})"
+            for other, at in zip(track.paths, track.places, strict=True)
+            if other != path
+        ]
+        return f"{first} It is mixed with\n{some(others)}." if others else first
+
+    def to_json(self) -> str:
+        """The Depth as JSON, for a file beside a checkpoint; :meth:`from_json` reads it."""
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Depth:
+        """The Depth that :meth:`to_json` wrote.
+
+        Raises:
+          ValueError: if the text is something else.
+
+        Example:
+          >>> depth = Depth.from_rules({"layers/.*": 0}).resolve({"layers": {"w": jnp.ones((3, 2))}})
+          >>> Depth.from_json(depth.to_json()) == depth
+          True
+        """
+        try:
+            fields = json.loads(text)
+            leaves = [
+                Leaf(leaf["path"], tuple(leaf["shape"]), _place(leaf["place"]), leaf["reason"])
+                for leaf in fields["leaves"]
+            ]
+            return cls(tuple(leaves), tuple((name, _rule(rule)) for name, rule in fields["rules"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"This is not a Depth in JSON, as depth.to_json() writes it: {error!r}")
 
     def __bool__(self) -> bool:
         return bool(self.rules or self._places)
@@ -169,125 +266,70 @@ class Depth(Mapping[str, Place]):
     def _places(self) -> dict[str, Place]:
         return {leaf.path: leaf.place for leaf in self.leaves if leaf.place is not None}
 
+    @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        """The number of layers of each group."""
+        sizes: dict[str, int] = {}
+        for place in self._places.values():
+            sizes[place.group] = max(sizes.get(place.group, 0), max(place.layers) + 1)
+        return sizes
+
+    @functools.cached_property
+    def tracks(self) -> tuple[Track, ...]:
+        """The leaves that are mixed together, one track for each tensor of each group."""
+        together: dict[tuple[str, str], list[str]] = {}
+        for path, place in self._places.items():
+            together.setdefault((place.group, place.tensor), []).append(path)
+        return tuple(
+            Track(tuple(paths), tuple(self._places[path] for path in paths))
+            for paths in together.values()
+        )
+
     def __str__(self) -> str:
         if self.rules:
-            rules = [(pattern, str(axis)) for pattern, axis in self.rules]
+            rules = [(pattern, _rule_name(rule)) for pattern, rule in self.rules]
             return _table([("rule", "axis"), *rules]) + (
                 "\nnot matched with a tree yet: print(depth.resolve(params)) shows what they match"
             )
-        groups: dict[tuple[str, int, str], list[Leaf]] = {}
+        groups: dict[tuple[str, str], list[Leaf]] = {}
         for leaf in self.leaves:
             if leaf.place is not None:
-                place = leaf.place
-                groups.setdefault((place.group, place.layers, place.found_by), []).append(leaf)
+                groups.setdefault((leaf.place.group, leaf.place.found_by), []).append(leaf)
         alone = [leaf for leaf in self.leaves if leaf.place is None]
         rows = [("group", "layers", "axis", "leaves", "parameters", "found by")]
-        for (group, layers, found_by), leaves in groups.items():
-            axes = sorted({leaf.place.axis for leaf in leaves if leaf.place is not None})
-            rows.append((group, str(layers), ", ".join(map(str, axes)), *_size(leaves), found_by))
+        for (group, found_by), leaves in groups.items():
+            axes = sorted({leaf.place.axes for leaf in leaves if leaf.place is not None})
+            column = ", ".join(dict.fromkeys(map(_axes_column, axes)))
+            rows.append((group, str(self._sizes[group]), column, *_size(leaves), found_by))
         if not alone:
             return _table(rows)
         rows.append(("left alone", "", "", *_size(alone), ""))
-        return f"{_table(rows)}\nleft alone: {_some([str(leaf) for leaf in alone])}"
+        return f"{_table(rows)}\nleft alone: {some([str(leaf) for leaf in alone])}"
 
     def __repr__(self) -> str:
         return f"<Depth\n{self}>"
 
 
-def path_string(keys: KeyPath) -> str:
-    """A leaf's path as users write it: its keys joined by ``/``.
-
-    The ``value`` of a box such as ``flax.linen.Partitioned`` is the leaf itself, so
-    that boxed parameters and plain updates have the same paths.
-
-    Example:
-      >>> [(keys, _)] = jax.tree_util.tree_leaves_with_path({"layers": [{"kernel": 0}]})
-      >>> path_string(keys)
-      'layers/0/kernel'
-    """
-    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
-        keys = keys[:-1]
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
-
-
-def _is_masked(node: object) -> bool:
-    return node is None or isinstance(node, optax.MaskedNode)
-
-
-def _leaves_of(tree: optax.Params) -> tuple[list[tuple[str, jax.Array]], list[str]]:
-    """The leaves with their paths, and the paths that are empty: masked, or None."""
-    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_masked)
-    present = [(path_string(keys), node) for keys, node in nodes if not _is_masked(node)]
-    return present, [path_string(keys) for keys, node in nodes if _is_masked(node)]
-
-
-def _hides(masked: Set[str], path: str) -> bool:
-    """Whether the leaf is masked, by itself or with a subtree that holds it."""
-    keys = path.split("/")
-    return any("/".join(keys[: k + 1]) in masked for k in range(len(keys)))
-
-
-def _match(
-    rules: Sequence[tuple[str, int]],
-    shapes: Mapping[str, tuple[int, ...]],
-    masked: Sequence[str],
-) -> dict[str, Place]:
-    """The place of every leaf that a rule matches."""
-    places: dict[str, Place] = {}
-    for pattern, axis in rules:
-        matched = [path for path in shapes if re.fullmatch(pattern, path)]
-        if not matched and not any(re.fullmatch(pattern, path) for path in masked):
-            hidden = (
-                f" {_some(masked)} is masked: if the rule is for a leaf in there, match it before "
-                "masking, with Depth.from_rules(rules).resolve(params)."
-            )
-            raise ValueError(
-                f"The rule {pattern!r} matches no leaf. A rule has to match the whole path of "
-                f"a leaf, and the leaves are {_some(_named(shapes, like=pattern))}. Correct it or "
-                f"leave the rule out.{hidden if masked else ''}"
-            )
-        for path in matched:
-            shape = shapes[path]
-            if path in places:
-                raise ValueError(
-                    f"{path} {shape} is matched by two rules, {places[path].group!r} and "
-                    f"{pattern!r}. Narrow one of them, so that each leaf has one place in depth."
-                )
-            if not -len(shape) <= axis < len(shape):
-                raise ValueError(
-                    f"{path} {shape} has no axis {axis}, where the rule {pattern!r} says its "
-                    "layers are. Correct the axis, or give this leaf a rule of its own."
-                )
-            first = matched[0]
-            if shape[axis] != shapes[first][axis]:
-                raise ValueError(
-                    f"{path} {shape} has {shape[axis]} layers on axis {axis}, but "
-                    f"{first} {shapes[first]} of the same rule {pattern!r} has "
-                    f"{shapes[first][axis]}. The leaves of a rule share their layers: give each "
-                    "stack a rule of its own, or correct the axis."
-                )
-            places[path] = Place(pattern, shape[axis], axis % len(shape), "rule")
-    return places
-
-
-def _check_shape(leaf: Leaf, place: Place, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shape(leaf: Leaf, place: Place, shapes: Mapping[str, Shape]) -> None:
     """Raises unless the tree has the leaf, with its layers where they were."""
     if leaf.path not in shapes:
         raise ValueError(
             f"{leaf} has a place in this Depth, but is not in the tree, whose leaves are "
-            f"{_some(_named(shapes))}. Make the Depth from the same tree that the optimizer is "
+            f"{some(named(shapes))}. Make the Depth from the same tree that the optimizer is "
             "given."
         )
     shape = shapes[leaf.path]
-    if len(shape) != len(leaf.shape) or shape[place.axis] != place.layers:
+    layers = len(place.layers)
+    if len(shape) != len(leaf.shape) or stacked(shape, place.axes) != layers:
+        count = f"{layers} layers on {_axes_name(place.axes)}" if place.axes else "one layer"
         raise ValueError(
-            f"{leaf.path} {shape} does not have the {place.layers} layers on axis {place.axis} "
-            f"that this Depth found by {place.found_by} in {leaf.shape}. Make the Depth from the "
-            "same tree that the optimizer is given."
+            f"{leaf.path} {shape} does not have the {count} that this Depth found by "
+            f"{place.found_by} in {leaf.shape}. Make the Depth from the same tree that the "
+            "optimizer is given."
         )
 
 
-def _check_mixable(path: str, leaf: jax.Array, copies: int) -> None:
+def check_mixable(path: str, leaf: jax.Array, copies: int) -> None:
     """Raises unless the leaf's layers can be mixed."""
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         raise ValueError(
@@ -302,19 +344,41 @@ def _check_mixable(path: str, leaf: jax.Array, copies: int) -> None:
         )
 
 
+def _place(fields: dict[str, object] | None) -> Place | None:
+    if fields is None:
+        return None
+    lists = {name: tuple(v) for name, v in fields.items() if isinstance(v, list)}
+    return Place(**(fields | lists))  # type: ignore[arg-type]
+
+
+def _rule(fields: Mapping[str, Sequence[object]]) -> Rule:
+    containers = tuple((name, _rule(rule)) for name, rule in fields["containers"])  # type: ignore[misc]
+    return Rule(tuple(fields["axes"]), bool(fields["numbered"]), containers)  # type: ignore[arg-type]
+
+
+def _rule_name(rule: Rule) -> str:
+    plain = rule.axes and not rule.numbered and not rule.containers
+    return ", ".join(map(str, rule.axes)) if plain else str(rule)
+
+
+def _axes_name(axes: Sequence[int]) -> str:
+    return f"{'axes' if len(axes) > 1 else 'axis'} {', '.join(map(str, axes))}"
+
+
+def _axes_column(axes: Sequence[int]) -> str:
+    return "×".join(map(str, axes)) if axes else "–"
+
+
+def _layers_name(layers: Sequence[int]) -> str:
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    if list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]} to {layers[-1]}"
+    return f"layers {some(map(str, layers))}"
+
+
 def _size(leaves: Sequence[Leaf]) -> tuple[str, str]:
     return str(len(leaves)), f"{sum(math.prod(leaf.shape) for leaf in leaves):,}"
-
-
-def _named(shapes: Mapping[str, tuple[int, ...]], like: str = "") -> list[str]:
-    """Paths with shapes, those that are most like a misspelt one first."""
-    paths = sorted(shapes, key=lambda path: -difflib.SequenceMatcher(None, like, path).ratio())
-    return [f"{path} {shapes[path]}" for path in paths]
-
-
-def _some(names: Sequence[str], most: int = 12) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:

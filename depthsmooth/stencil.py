@@ -2,10 +2,17 @@
 
 import dataclasses
 import functools
+import itertools
+import math
+import types
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Axes = tuple[int, ...]
+"""The axes of a leaf that run over its layers, outer to inner; none for a leaf of one layer."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,10 +29,13 @@ class Stencil:
       offsets: which neighbours are read; static, distinct.
       weights: shape ``(len(offsets), L)``. A NumPy array where the values are
         known while tracing, a JAX array where they are traced.
+      runs: how many layers, one run after another, are mixed among themselves
+        alone; all L unless said.
     """
 
     offsets: tuple[int, ...]
     weights: np.ndarray | jax.Array
+    runs: tuple[int, ...] = ()
 
     @property
     def is_identity(self) -> bool:
@@ -34,6 +44,15 @@ class Stencil:
             return False
         itself = np.array([offset == 0 for offset in self.offsets])
         return bool((self.weights == itself[:, None]).all())
+
+    def neighbours(self, offset: int) -> list[int | None]:
+        """For each layer the one at that offset, None where its run has none."""
+        ends = list(itertools.accumulate(self.runs or self.weights.shape[1:]))
+        return [
+            layer + offset if start <= layer + offset < end else None
+            for start, end in itertools.pairwise([0, *ends])
+            for layer in range(start, end)
+        ]
 
 
 def exists(offsets: tuple[int, ...], layers: int) -> np.ndarray:
@@ -57,44 +76,160 @@ def exists(offsets: tuple[int, ...], layers: int) -> np.ndarray:
     return mask
 
 
-def apply(stencil: Stencil, updates: jax.Array, axis: int) -> jax.Array:
-    r"""Mixes the layers of one stacked array: :math:`(S \otimes I)\, u`.
-
-    One fused read and write. Types narrower than 32 bits are mixed in float32
-    and cast back; float32, float64 and complex types keep their own arithmetic.
-
-    Args:
-      stencil: the operator, for ``updates.shape[axis]`` layers.
-      updates: array of any inexact dtype with layers along ``axis``.
-      axis: the depth axis, ``0 <= axis < updates.ndim``.
-
-    Returns:
-      Array of the shape, dtype, weak type and sharding of ``updates``.
+def join(stencils: Sequence[Stencil]) -> Stencil:
+    """The block-diagonal operator: each stencil on layers of its own, one after another.
 
     Example:
       >>> halves = Stencil((-1, 1), np.array([[0, 0.5, 1], [1, 0.5, 0]]))
-      >>> apply(halves, jnp.array([1.0, 2.0, 5.0]), axis=0).tolist()
+      >>> join([halves, halves]).neighbours(1)
+      [1, 2, None, 4, 5, None]
+    """
+    if len(stencils) == 1:
+        return stencils[0]
+    offsets = tuple(sorted({offset for stencil in stencils for offset in stencil.offsets}))
+    known = all(isinstance(stencil.weights, np.ndarray) for stencil in stencils)
+    numeric: types.ModuleType = np if known else jnp
+
+    def row(stencil: Stencil, offset: int) -> np.ndarray | jax.Array:
+        if offset in stencil.offsets:
+            return stencil.weights[stencil.offsets.index(offset)]
+        return np.zeros(stencil.weights.shape[1])
+
+    rows = [
+        numeric.concatenate([row(stencil, offset) for stencil in stencils]) for offset in offsets
+    ]
+    runs = tuple(run for stencil in stencils for run in stencil.runs or stencil.weights.shape[1:])
+    return Stencil(offsets, numeric.stack(rows), runs)
+
+
+def apply(
+    stencil: Stencil,
+    updates: Sequence[jax.Array],
+    axes: Sequence[Axes],
+    layers: Sequence[Sequence[int]],
+) -> list[jax.Array]:
+    r"""Mixes the layers that several arrays hold between them: :math:`(S \otimes I)\, u`.
+
+    One fused read and write of each array, which are never brought together into
+    one. Layers that are dealt to the arrays in turn are shifted as a whole. Types
+    narrower than 32 bits are mixed in float32 and cast back; float32, float64 and
+    complex types keep their own arithmetic.
+
+    Args:
+      stencil: the operator, for all the layers.
+      updates: arrays of any inexact dtype, alike but for their depth axes.
+      axes: for each array its depth axes, outer to inner.
+      layers: for each array the layers it holds, in row-major order of its depth
+        axes. Every layer is held once.
+
+    Returns:
+      Arrays of the shapes, dtypes, weak types and shardings of ``updates``.
+
+    Example:
+      >>> halves = Stencil((-1, 1), np.array([[0, 0.5, 1], [1, 0.5, 0]]))
+      >>> [stacked] = apply(halves, [jnp.array([1.0, 2.0, 5.0])], [(0,)], [(0, 1, 2)])
+      >>> stacked.tolist()
       [2.0, 3.0, 2.0]
+      >>> dealt = apply(halves, [jnp.array([1.0, 5.0]), jnp.array(2.0)], [(0,), ()], [(0, 2), (1,)])
+      >>> [array.tolist() for array in dealt]
+      [[2.0, 2.0], 3.0]
     """
     if stencil.is_identity:
-        return updates
-    updates = jnp.asarray(updates)
-    narrow = updates.dtype.itemsize < 4
-    layers = updates.astype(jnp.float32) if narrow else updates
-    per_layer = [1] * layers.ndim
-    per_layer[axis] = layers.shape[axis]
-    weights = jnp.asarray(stencil.weights, layers.dtype)
-    taps = [
-        weight.reshape(per_layer) * _shift(layers, offset, axis)
-        for offset, weight in zip(stencil.offsets, weights, strict=True)
-    ]
-    mixed = functools.reduce(jnp.add, taps).astype(updates.dtype)
-    # Setting into the original is the public way to keep a weak type.
-    return updates.at[...].set(mixed) if jax.typeof(updates).weak_type else mixed
+        return list(updates)
+    arrays = [_Layers(jnp.asarray(array), a) for array, a in zip(updates, axes, strict=True)]
+    wide = [_Layers(_widened(array.array), array.axes) for array in arrays]
+    held = {layer: (j, i) for j, ours in enumerate(layers) for i, layer in enumerate(ours)}
+    neighbours = [stencil.neighbours(offset) for offset in stencil.offsets]
+    results = []
+    for array, itself, ours in zip(arrays, wide, layers, strict=True):
+        # A product that meets a sum may be rounded or not, as the compiler likes. Adding a zero
+        # that it cannot see through rounds it, so that all layouts agree in every bit.
+        zero = jax.lax.optimization_barrier(jnp.zeros((), itself.array.dtype))
+        taps = []
+        for k, neighbour in enumerate(neighbours):
+            wanted = [neighbour[layer] for layer in ours]
+            places = [None if layer is None else held[layer] for layer in wanted]
+            weights = itself.over_layers(_some_of(stencil.weights[k], ours))
+            taps.append(weights * _gather(wide, places, itself) + zero)
+        mixed = functools.reduce(jnp.add, taps).astype(array.array.dtype)
+        # Setting into the original is the public way to keep a weak type.
+        weak = jax.typeof(array.array).weak_type
+        results.append(array.array.at[...].set(mixed) if weak else mixed)
+    return results
 
 
-def _shift(layers: jax.Array, offset: int, axis: int) -> jax.Array:
-    """Puts layer ``i + offset`` in place i, and zeros where there is none."""
-    padding = [(0, 0, 0)] * layers.ndim
+@dataclasses.dataclass(frozen=True)
+class _Layers:
+    """An array with the axes that run over its layers."""
+
+    array: jax.Array
+    axes: Axes
+
+    @property
+    def sizes(self) -> Axes:
+        return tuple(self.array.shape[axis] for axis in self.axes)
+
+    def merged(self) -> jax.Array:
+        """The array of shape (layers, ...)."""
+        front = jnp.moveaxis(self.array, self.axes, range(len(self.axes)))
+        return front.reshape(math.prod(self.sizes), *front.shape[len(self.axes) :])
+
+    def unmerge(self, merged: jax.Array) -> jax.Array:
+        """An array of shape (layers, ...) in this one's shape."""
+        front = merged.reshape(*self.sizes, *merged.shape[1:])
+        return jnp.moveaxis(front, range(len(self.axes)), self.axes)
+
+    def over_layers(self, values: np.ndarray | jax.Array) -> jax.Array:
+        """One value for each layer, in a shape that multiplies the array."""
+        ones = (1,) * (self.array.ndim - len(self.axes))
+        return self.unmerge(jnp.asarray(values, self.array.dtype).reshape(-1, *ones))
+
+    def shift(self, offset: int) -> jax.Array:
+        """Puts layer ``i + offset`` in place i, and zeros where there is none."""
+        if offset == 0:
+            return self.array
+        if len(self.axes) == 1:
+            return _pad(self.array, offset, self.axes[0])
+        return self.unmerge(_pad(self.merged(), offset, 0))
+
+
+def _gather(
+    arrays: Sequence[_Layers], places: Sequence[tuple[int, int] | None], like: _Layers
+) -> jax.Array:
+    """An array like ``like`` whose layers come from those places: an array, an index in it."""
+    zeros = jnp.zeros_like(like.array)
+    found = {(place[0], place[1] - i) for i, place in enumerate(places) if place is not None}
+    if not found:
+        return zeros
+    if len(found) == 1:
+        [(j, offset)] = found
+        if arrays[j].axes == like.axes and arrays[j].array.shape == like.array.shape:
+            shifted = arrays[j].shift(offset).astype(zeros.dtype)
+            exist = np.array([place is not None for place in places])
+            inside = exists((offset,), len(places))[0]
+            if (exist == inside).all():
+                return shifted
+            mask = like.over_layers(exist.astype(np.int8)) != 0
+            return jnp.where(mask, shifted, zeros)
+    merged = {j: arrays[j].merged().astype(zeros.dtype) for j in {j for j, _ in found}}
+    nothing = jnp.zeros(next(iter(merged.values())).shape[1:], zeros.dtype)
+    layers = [nothing if place is None else merged[place[0]][place[1]] for place in places]
+    return like.unmerge(jnp.stack(layers))
+
+
+def _pad(array: jax.Array, offset: int, axis: int) -> jax.Array:
+    padding = [(0, 0, 0)] * array.ndim
     padding[axis] = (-offset, offset, 0)
-    return jax.lax.pad(layers, jnp.zeros((), layers.dtype), padding)
+    return jax.lax.pad(array, jnp.zeros((), array.dtype), padding)
+
+
+def _widened(array: jax.Array) -> jax.Array:
+    return array.astype(jnp.float32) if array.dtype.itemsize < 4 else array
+
+
+def _some_of(weights: np.ndarray | jax.Array, layers: Sequence[int]) -> np.ndarray | jax.Array:
+    """The weights of some layers; by a slice where they are evenly spaced, which compiles better."""
+    step = layers[1] - layers[0] if len(layers) > 1 else 1
+    if list(layers) == list(range(layers[0], layers[-1] + 1, step)):
+        return weights[layers[0] : layers[-1] + 1 : step]
+    return weights[np.asarray(layers)]

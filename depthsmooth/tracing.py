@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from depthsmooth.layout import Depth, DepthNotFoundError, Leaf, Place, path_string
+from depthsmooth.layout import Depth, DepthNotFoundError, Leaf
+from depthsmooth.places import Place, path_string
 
 if TYPE_CHECKING:
     from jax.extend import core  # its import takes 50 ms
@@ -463,7 +464,7 @@ def _places(walk: _Walk, paths: Sequence[str], shapes: Sequence[_Shape]) -> dict
         name += f" ({names[name]})" if names[name] > 1 else ""
         for leaf in leaves:
             axis = found[leaf][0]
-            places[leaf] = Place(name, shapes[leaf][axis], axis, "trace")
+            places[leaf] = Place(name, paths[leaf], (axis,), tuple(range(shapes[leaf][axis])), "trace")
     return places
 
 

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from depthsmooth import stencil
-from depthsmooth.layout import Depth, KeyPath, path_string
-from depthsmooth.operators import window
+from depthsmooth.finding import find_depth
+from depthsmooth.layout import Depth
+from depthsmooth.operators import Operator, window
+from depthsmooth.places import is_masked, path_string
 
 
 class SmoothOverDepthState(NamedTuple):
@@ -22,7 +24,7 @@ class SmoothOverDepthState(NamedTuple):
 
 
 def smooth_over_depth(
-    alpha: optax.ScalarOrSchedule = 0.1, *, depth: Depth
+    alpha: optax.ScalarOrSchedule = 0.1, *, depth: Depth | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Mixes the update of every layer with those of its two neighbours.
 
@@ -42,7 +44,9 @@ def smooth_over_depth(
         schedule, or a traced scalar (``optax.inject_hyperparams``). A plain 0
         changes nothing, bit for bit.
       depth: where the layers are, from :func:`depthsmooth.trace_depth` or
-        :meth:`depthsmooth.Depth.from_rules`.
+        :meth:`depthsmooth.Depth.from_rules`. None stands for
+        :func:`depthsmooth.find_depth` on the parameters, and on the updates while
+        an update is traced, by paths and shapes alone.
 
     Returns:
       A transformation with the state :class:`SmoothOverDepthState`. Updates keep
@@ -50,7 +54,8 @@ def smooth_over_depth(
 
     Raises:
       ValueError: if ``alpha`` is a number outside [0, 1) or no scalar, or ``depth``
-        is no Depth; on ``init`` and ``update``, if a leaf does not fit its place.
+        is no Depth; on ``init`` and ``update``, if a leaf does not fit its place, or
+        its place cannot be found with certainty.
 
     Example:
       >>> import depthsmooth as ds
@@ -66,14 +71,17 @@ def smooth_over_depth(
       <https://arxiv.org/abs/2606.30813>`_, 2026 (Algorithm 1).
     """
     operator = window(alpha)
-    if not isinstance(depth, Depth):
+    if not isinstance(depth, Depth | None):
         raise ValueError(
             f"depth is {depth!r}, but has to be a Depth: from trace_depth(loss_fn, params, batch), "
             "or from Depth.from_rules({'.*/layers/.*': 0})."
         )
 
+    def depth_of(tree: optax.Params) -> Depth:
+        return find_depth(tree, metadata=False) if depth is None else depth.resolve(tree)
+
     def init_fn(params: optax.Params) -> SmoothOverDepthState:
-        depth.resolve(params)
+        depth_of(params)
         return SmoothOverDepthState(count=jnp.zeros([], jnp.int32))
 
     def update_fn(
@@ -83,16 +91,31 @@ def smooth_over_depth(
         **extra_args: object,
     ) -> tuple[optax.Updates, SmoothOverDepthState]:
         del params, extra_args
-        places = depth.resolve(updates)
-        stencils = {n: operator(n, state.count) for n in {p.layers for p in places.values()}}
-
-        def mix(keys: KeyPath, leaf: jax.Array) -> jax.Array:
-            place = places.get(path_string(keys))
-            if place is None:
-                return leaf
-            return stencil.apply(stencils[place.layers], leaf, place.axis)
-
-        updates = jax.tree_util.tree_map_with_path(mix, updates)
+        updates = _apply(operator, state.count, depth_of(updates), updates)
         return updates, SmoothOverDepthState(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _apply(
+    operator: Operator, count: jax.Array, depth: Depth, updates: optax.Updates
+) -> optax.Updates:
+    """The updates, mixed along each track of the layout."""
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_masked)
+    leaves = [leaf for _, leaf in keyed]
+    index = {path_string(keys): k for k, (keys, leaf) in enumerate(keyed) if not is_masked(leaf)}
+    operators: dict[int, stencil.Stencil] = {}
+    for track in depth.tracks:
+        for run in track.runs:
+            if run not in operators:
+                operators[run] = operator(run, count)
+        ours = [index[path] for path in track.paths]
+        mixed = stencil.apply(
+            stencil.join([operators[run] for run in track.runs]),
+            [leaves[k] for k in ours],
+            [place.axes for place in track.places],
+            track.layers,
+        )
+        for k, leaf in zip(ours, mixed, strict=True):
+            leaves[k] = leaf
+    return jax.tree_util.tree_unflatten(treedef, leaves)

@@ -26,7 +26,8 @@ TOLERANCE = {"float32": 2e-6, "float64": 1e-12}
 
 def smooth(layers, alpha):
     """Smooths axis 1 of (patterns, layers, ...)."""
-    return np.asarray(apply(window(alpha)(layers.shape[1], 0), jnp.asarray(layers), 1))
+    stencil = window(alpha)(layers.shape[1], 0)
+    return np.asarray(apply(stencil, [jnp.asarray(layers)], [(1,)], [range(layers.shape[1])])[0])
 
 
 def runs_of_present_layers(case):

@@ -17,13 +17,16 @@ PARAMS = {
 }
 
 
+LAYERS = tuple(range(6))
+
+
 def test_is_a_mapping_from_path_to_place():
     depth = Depth.from_rules({"layers/.*": 0}).resolve(PARAMS)
     assert dict(depth) == {
-        "layers/kernel": Place("layers/.*", 6, 0, "rule"),
-        "layers/bias": Place("layers/.*", 6, 0, "rule"),
+        "layers/kernel": Place("layers/.*", "layers/kernel", (0,), LAYERS, "rule"),
+        "layers/bias": Place("layers/.*", "layers/bias", (0,), LAYERS, "rule"),
     }
-    assert depth["layers/bias"].axis == 0
+    assert depth["layers/bias"].axes == (0,)
     assert "embed" not in depth
     assert len(depth) == 2
 
@@ -53,14 +56,14 @@ def test_prints_as_a_table():
 def test_negative_axes_count_from_the_end_of_each_leaf():
     params = {"kernel": jnp.ones((4, 5, 6)), "bias": jnp.ones((5, 6))}
     depth = Depth.from_rules({".*": -1}).resolve(params)
-    assert (depth["kernel"].axis, depth["bias"].axis) == (2, 1)
+    assert (depth["kernel"].axes, depth["bias"].axes) == ((2,), (1,))
     assert "1, 2" in str(depth)
 
 
 def test_groups_may_have_different_layers():
     params = {"encoder": jnp.ones((6, 4)), "decoder": jnp.ones((2, 4))}
     depth = Depth.from_rules({"encoder": 0, "decoder": 0}).resolve(params)
-    assert (depth["encoder"].layers, depth["decoder"].layers) == (6, 2)
+    assert [len(depth[path].layers) for path in ("encoder", "decoder")] == [6, 2]
 
 
 def test_no_rules_place_nothing():

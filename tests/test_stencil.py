@@ -22,9 +22,15 @@ DTYPES = {
 }
 
 
+def apply_along(stencil, updates, axis):
+    """Applies a stencil to one stack of layers."""
+    [mixed] = apply(stencil, [updates], [(axis,)], [range(updates.shape[axis])])
+    return mixed
+
+
 def smooth(updates, alpha, axis):
     axis %= updates.ndim
-    return apply(window(alpha)(updates.shape[axis], 0), updates, axis)
+    return apply_along(window(alpha)(updates.shape[axis], 0), updates, axis)
 
 
 def random(shape, dtype="float32", seed=0):
@@ -143,7 +149,7 @@ def test_any_radius_and_per_layer_weights():
         for i in range(max(0, -offset), min(5, 5 - offset)):
             weights[k, i] = matrix[i, i + offset]
     updates = random((3, 5, 2))
-    mixed = apply(Stencil(offsets, weights), updates, 1)
+    mixed = apply_along(Stencil(offsets, weights), updates, 1)
     assert_close(mixed, np.einsum("ij,ajb->aib", matrix, np.asarray(updates, float)), 1e-6)
 
 

@@ -68,8 +68,8 @@ def assert_exact(depth, params, axis, depths):
             assert path not in depth
             continue
         place = depth[path]
-        assert place.axis == axis % leaf.ndim
-        assert place.layers == depths[stack[0]] == leaf.shape[place.axis]
+        assert place.axes == (axis % leaf.ndim,)
+        assert len(place.layers) == depths[stack[0]] == leaf.shape[place.axes[0]]
         assert place.group == f"params/stack_{stack[0]}"
     assert len(depth) == 16 * len(depths)
 
@@ -116,7 +116,7 @@ def test_arrays_and_shapes_give_the_same_depth_and_nothing_is_computed():
     huge = {"w": float32(100, 10**6, 10**6)}
     x = float32(1, 10**6)
     depth = trace_depth(lambda p, x: jax.lax.scan(lambda x, w: (x @ w, None), x, p["w"]), huge, x)
-    assert depth["w"].layers == 100
+    assert len(depth["w"].layers) == 100
 
 
 def test_arguments_that_are_no_arrays_are_passed_on():
@@ -274,7 +274,7 @@ PARAMS = {"w": STACK, "v": float32(4, 4, 3), "b": float32(3, 4)}
 def test_loops_over_layers(name):
     fn, axes = LAYERS[name]
     depth = trace_depth(fn, PARAMS, X)
-    assert {path: place.axis for path, place in depth.items()} == axes
+    assert {path: place.axes for path, place in depth.items()} == {p: (a,) for p, a in axes.items()}
 
 
 def experts_in_constants(p, x):
@@ -461,7 +461,7 @@ def test_layers_beside_and_around_loops_over_other_things(fn, grad):
         "inside": jax.tree.map(lambda leaf: float32(5, *leaf.shape), PARAMS),
     }
     depth = trace_depth(jax.grad(loss) if grad else loss, params, X)
-    used = {path: (place.axis, place.layers) for path, place in depth.items()}
+    used = {path: (place.axes, place.layers) for path, place in depth.items()}
     assert used.pop("layers") == (0, 3)
     assert used
     assert all(path.startswith("inside/") and place == (0, 5) for path, place in used.items())
@@ -478,7 +478,7 @@ def test_experts_inside_layers():
     depth = trace_depth(
         lambda p, x: jax.lax.scan(layer, x, p["experts"].transpose(1, 0, 2, 3))[0], params, X
     )
-    assert (depth["experts"].axis, depth["experts"].layers) == (1, 3)
+    assert (depth["experts"].axes, depth["experts"].layers) == ((1,), (0, 1, 2))
 
 
 def test_a_function_called_twice_has_two_stacks():
@@ -580,6 +580,6 @@ def test_equals_the_rules_that_say_the_same():
     params = abstract_params(model)
     traced = trace_depth(model.apply, params, TOKENS)
     said = Depth.from_rules({"params/stack_0/.*": -1}).resolve(params)
-    assert {path: (place.axis, place.layers) for path, place in traced.items()} == {
-        path: (place.axis, place.layers) for path, place in said.items()
+    assert {path: (place.axes, place.layers) for path, place in traced.items()} == {
+        path: (place.axes, place.layers) for path, place in said.items()
     }

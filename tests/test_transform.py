@@ -297,7 +297,7 @@ def test_every_kind_of_number_gives_the_same(kind):
     chex.assert_trees_all_equal(result, run(ds.smooth_over_depth(0.25, depth=DEPTH), updates())[0])
 
 
-@pytest.mark.parametrize("depth", [None, {"layers/.*": 0}, 0])
+@pytest.mark.parametrize("depth", ["layers", {"layers/.*": 0}, 0])
 def test_refuses_a_depth_that_is_none(depth):
     with pytest.raises(ValueError, match=r"has to be a Depth: from trace_depth"):
         ds.smooth_over_depth(0.1, depth=depth)

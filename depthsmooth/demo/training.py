@@ -13,7 +13,7 @@ import optax
 from depthsmooth import smooth_over_depth, trace_depth
 from depthsmooth.demo.model import Transformer
 from depthsmooth.demo.text import Text
-from depthsmooth.layout import path_string
+from depthsmooth.places import path_string
 
 EVALUATIONS = 20
 """How often a run looks at the validation loss and at its updates."""
@@ -187,7 +187,7 @@ class Experiment:
         """The updates of each layer as one vector: shape (layers, parameters per layer)."""
         return jnp.concatenate(
             [
-                jnp.moveaxis(leaf, self.depth[path].axis, 0).reshape(self.config.layers, -1)
+                jnp.moveaxis(leaf, self.depth[path].axes[0], 0).reshape(self.config.layers, -1)
                 for keys, leaf in jax.tree_util.tree_leaves_with_path(updates)
                 if (path := path_string(keys)) in self.depth
             ],

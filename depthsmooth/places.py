@@ -1,0 +1,129 @@
+"""The names of leaves, and the place that each has in depth."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
+
+import jax
+import numpy as np
+import optax
+
+from depthsmooth.stencil import Axes
+
+KeyPath = tuple[Hashable, ...]
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Which layers a leaf holds, and where in the leaf they are.
+
+    Attributes:
+      group: name of the depth group: one sequence of L layers.
+      tensor: which of a layer's tensors the leaf holds. Leaves of the same group
+        and tensor are mixed with each other.
+      axes: the leaf's axes that run over its layers, outer to inner, counted from
+        0. Empty for a leaf that holds one layer, as of ``block_0``, ``block_1``, …
+      layers: the layers that the leaf holds, counted from 0, in row-major order of
+        ``axes``.
+      found_by: what says so: ``"trace"``, ``"rule"``, ``"names"`` or ``"metadata"``.
+    """
+
+    group: str
+    tensor: str
+    axes: Axes
+    layers: tuple[int, ...]
+    found_by: str
+
+    @property
+    def layer(self) -> int:
+        """The first, or only, layer that the leaf holds."""
+        return self.layers[0]
+
+    def layer_shape(self, shape: Shape) -> Shape:
+        """The shape of the tensor in one layer."""
+        return tuple(size for axis, size in enumerate(shape) if axis not in self.axes)
+
+
+def stacked(shape: Shape, axes: Sequence[int]) -> int:
+    """The number of layers in a leaf with these depth axes."""
+    return math.prod(shape[axis] for axis in axes)
+
+
+def path_string(keys: KeyPath) -> str:
+    """A leaf's path as users write it: its keys joined by ``/``.
+
+    The ``value`` of a box such as ``flax.linen.Partitioned``, and the bare index of a
+    box that names nothing, is the leaf itself, so that boxed parameters and plain
+    updates have the same paths.
+
+    Example:
+      >>> [(keys, _)] = jax.tree_util.tree_leaves_with_path({"layers": [{"kernel": 0}]})
+      >>> path_string(keys)
+      'layers/0/kernel'
+    """
+    boxed = isinstance(keys[-1], jax.tree_util.FlattenedIndexKey) if keys else False
+    if boxed or (keys and keys[-1] == jax.tree_util.GetAttrKey("value")):
+        keys = keys[:-1]
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def is_masked(node: object) -> bool:
+    """Whether a node of a tree is there in place of a leaf that is not."""
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def leaves_of(tree: optax.Params) -> tuple[list[tuple[str, jax.Array]], list[str]]:
+    """The leaves with their paths, and the paths that are empty: masked, or None."""
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked)
+    present = [(path_string(keys), node) for keys, node in nodes if not is_masked(node)]
+    return present, [path_string(keys) for keys, node in nodes if is_masked(node)]
+
+
+def hides(masked: Set[str], path: str) -> bool:
+    """Whether the leaf is masked, by itself or with a subtree that holds it."""
+    keys = path.split("/")
+    return any("/".join(keys[: k + 1]) in masked for k in range(len(keys)))
+
+
+def numbered_key(key: str) -> tuple[str, int | None]:
+    """A key without the number at its end, and the number, None where there is none.
+
+    Example:
+      >>> [numbered_key(key) for key in ("block_03", "block10", "7", "block")]
+      [('block', 3), ('block', 10), ('', 7), ('block', None)]
+    """
+    match = re.fullmatch(r"(.*?)[-_]?(\d+)", key)
+    return (match[1], int(match[2])) if match else (key, None)
+
+
+def common_path(paths: Sequence[str]) -> str:
+    """The keys that all the paths begin with."""
+    keys = zip(*(path.split("/") for path in paths), strict=False)
+    common = []
+    for level in keys:
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return "/".join(common)
+
+
+def named(shapes: Mapping[str, Shape], like: str = "") -> list[str]:
+    """Paths with shapes, those that are most like a misspelt one first."""
+    paths = sorted(shapes, key=lambda path: -difflib.SequenceMatcher(None, like, path).ratio())
+    return [f"{path} {shapes[path]}" for path in paths]
+
+
+def some(names: Iterable[str], most: int = 12) -> str:
+    """The first of several names, and how many more there are."""
+    names = list(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def shape_of(leaf: object) -> Shape:
+    return tuple(np.shape(leaf))  # type: ignore[arg-type]

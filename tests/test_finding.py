@@ -1,0 +1,252 @@
+"""find_depth: no wrong leaf on real parameter trees, and a remedy wherever it abstains.
+
+``tests/data/trees.json`` holds the parameter trees of 45 models of other projects, each leaf with
+its path, shape, axis names, and, where it is depth, its group, its axes, and its layer (or its
+place in a repeating pattern of layers).
+"""
+
+import json
+import pathlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import depthsmooth as ds
+from depthsmooth import AmbiguousDepthError, DepthNotFoundError, find_depth
+
+TREES = json.loads((pathlib.Path(__file__).parent / "data" / "trees.json").read_text())
+
+
+def tree_of(name, *, boxed):
+    """The parameters of a model as shapes, in boxes with their axis names or plain."""
+    tree = {}
+    for path, shape, names, *_ in TREES[name]["leaves"]:
+        *above, last = path.split("/")
+        node = tree
+        for key in above:
+            node = node.setdefault(key, {})
+        leaf = jax.ShapeDtypeStruct(tuple(shape), "float32")
+        node[last] = nn.LogicallyPartitioned(leaf, tuple(names)) if boxed and names else leaf
+    return tree
+
+
+def truth_of(name):
+    """For each leaf that is depth its group, its axes and its layer."""
+    return {
+        path: (place[0], tuple(place[1]), place[2])
+        for path, _, _, *place in TREES[name]["leaves"]
+        if place
+    }
+
+
+def assert_right(depth, name):
+    """No leaf is placed that is not depth, and all that are placed are placed right."""
+    truth = truth_of(name)
+    groups = {}
+    for path, place in depth.items():
+        group, axes, layer = truth[path]
+        assert place.axes == axes, path
+        assert place.layer == (layer or 0), path
+        assert groups.setdefault(place.group, group) == group, path
+    assert len(set(groups.values())) == len(groups), "a group is torn in two"
+
+
+def found(name, boxed):
+    try:
+        return find_depth(tree_of(name, boxed=boxed)), None
+    except (AmbiguousDepthError, DepthNotFoundError) as error:
+        return ds.Depth(), error
+
+
+@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("boxed", [True, False], ids=["boxed", "plain"])
+def test_no_leaf_of_a_real_model_is_wrong(name, boxed):
+    depth, error = found(name, boxed)
+    assert_right(depth, name)
+    truth = truth_of(name)
+    if error is None:
+        assert set(depth) == set(truth)
+    elif truth:
+        assert "trace_depth(fn, params, batch)" in str(error)
+        assert isinstance(error, AmbiguousDepthError)
+
+
+@pytest.mark.parametrize(("boxed", "promised"), [(True, 0.94), (False, 0.88)])
+def test_recall(boxed, promised):
+    placed = sum(len(found(name, boxed)[0]) for name in TREES)
+    assert placed / sum(len(truth_of(name)) for name in TREES) >= promised
+
+
+NAMES = {"interleaved": ds.interleaved, "numbered": ds.numbered}
+
+
+@pytest.mark.parametrize("boxed", [True, False], ids=["boxed", "plain"])
+def test_the_rules_it_offers_where_it_abstains_are_right(boxed):
+    """One of the readings is the truth, but for the one layout that no rule can say."""
+    offered = []
+    for name in TREES:
+        _, error = found(name, boxed)
+        if not isinstance(error, AmbiguousDepthError) or not truth_of(name):
+            continue
+        if not all(error.readings.values()):
+            assert name == "maxtext_linen_gemma4_scan"
+            continue
+        rules = {pattern: eval(rules[0], NAMES) for pattern, rules in error.readings.items()}  # noqa: S307
+        depth = ds.Depth.from_rules(rules).resolve(tree_of(name, boxed=boxed))
+        assert_right(depth, name)
+        assert set(depth) == set(truth_of(name))
+        offered.append(name)
+    assert "t5x_scalable_t5_scan_axis0" in offered
+    assert len(offered) == (2 if boxed else 7)
+
+
+def block(*lead, width=4, names=("mlp", "attn")):
+    """The parameters of a transformer block, with leading axes."""
+    kernel = {
+        name: {"kernel": jnp.ones((*lead, *((width, 2 * width)[:: 1 - 2 * (k % 2)])))}
+        for k, name in enumerate(names)
+    }
+    return {"norm": {"scale": jnp.ones((*lead, width))}, **kernel}
+
+
+def layers_of(depth):
+    return {path: place.layers for path, place in depth.items()}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [f"block_{i}" for i in range(12)],
+        [f"block_{i}" for i in range(1, 13)],
+        [f"Block{i:03}" for i in range(12)],
+        ["block", *(f"block_{i}" for i in range(1, 12))],
+        [f"encoder_layer-{i}" for i in range(12)],
+    ],
+    ids=["from 0", "from 1", "zero-padded", "haiku", "dashes"],
+)
+def test_numbered_siblings_in_numeric_order(keys):
+    params = {key: block() for key in reversed(keys)} | {"head": jnp.ones((4, 2))}
+    depth = find_depth(params)
+    assert [depth[f"{key}/mlp/kernel"].layer for key in keys] == list(range(12))
+    assert "head" not in depth
+    assert len({place.group for place in depth.values()}) == 1
+
+
+def test_a_list_named_after_layers():
+    depth = find_depth({"layers": [block() for _ in range(11)]})
+    assert depth["layers/10/norm/scale"].layer == 10
+
+
+def test_stacks_along_the_one_axis_they_agree_on():
+    first = find_depth({"layers": block(6)})
+    assert {place.axes for place in first.values()} == {(0,)}
+    swapped = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), block(6))
+    assert {place.axes for place in find_depth({"layers": swapped}).values()} == {(1,)}
+    last = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), block(6))
+    assert {place.axes for place in find_depth({"layers": last}).values()} == {(1,), (2,)}
+
+
+def test_two_stacks_side_by_side():
+    depth = find_depth({"encoder": {"layers": block(6)}, "decoder": {"layers": block(3)}})
+    assert {place.group: len(place.layers) for place in depth.values()} == {
+        "encoder/layers": 6,
+        "decoder/layers": 3,
+    }
+
+
+def test_siblings_without_a_tensor_that_others_have():
+    """Every other layer has experts: they are kept apart by the layers between them."""
+    params = {f"layers_{i}": block(names=("mlp", "experts")[: 1 + i % 2] + ("o",)) for i in range(4)}
+    depth = find_depth(params)
+    assert [depth[f"layers_{i}/experts/kernel"].layer for i in (1, 3)] == [1, 3]
+    runs = {track.paths[0]: track.runs for track in depth.tracks}
+    assert runs["layers_1/experts/kernel"] == (1, 1)
+    assert runs["layers_0/mlp/kernel"] == (4,)
+
+
+NOT_LAYERS = {
+    "numbered parts of one block": {
+        "Block": {f"Dense_{i}": {"kernel": jnp.ones((4, 4))} for i in range(2)},
+    },
+    "an ensemble": {"critics": block(4)["mlp"] | {"bias": jnp.ones((4, 8))}},
+    "nothing": {"embed": jnp.ones((8, 4)), "head": jnp.ones((4, 8))},
+    "blocks in the only layer": {"block_0": {f"MlpBlock_{i}": block() for i in range(2)}},
+}
+
+
+@pytest.mark.parametrize("params", NOT_LAYERS.values(), ids=NOT_LAYERS.keys())
+def test_finds_nothing_where_nothing_is_certain(params):
+    with pytest.raises(DepthNotFoundError, match=r"trace_depth\(fn, params, batch\).*from_rules"):
+        find_depth(params)
+
+
+AMBIGUOUS = {
+    "every size alike": (
+        {"layers": {"norm": {"scale": jnp.ones((4, 4))}, "w": jnp.ones((4, 4, 4))}},
+        r"norm/scale \(4, 4\).*more than one axis.*'layers/\.\*': 0\}\) or .*'layers/\.\*': 1",
+    ),
+    "two axes": ({"layers": block(2, 3)}, r"norm/scale \(2, 3, 4\).*several axes.*\(0, 1\)"),
+    "no name": ({"encoder": block(6)}, r"norm/scale \(6, 4\).*not named after layers.*: 0"),
+    "stacks that are numbered": (
+        {f"blocks_{i}": block(6) for i in range(2)},
+        r"each of them is a stack",
+    ),
+    "a hole": ({f"block_{i}": block() for i in (0, 1, 3)}, r"block_0.*holes.*numbered\(\)"),
+    "other shapes": (
+        {f"block_{i}": block(width=4 + i) for i in range(3)},
+        r"has not the same shape in all of them",
+    ),
+    "copies or layers": ({f"critic_{i}": block() for i in range(3)}, r"copies side by side"),
+    "small steps": (
+        {"layers": [{"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)} for _ in range(3)]},
+        r"steps within one",
+    ),
+}
+
+
+@pytest.mark.parametrize(("params", "message"), AMBIGUOUS.values(), ids=AMBIGUOUS.keys())
+def test_refuses_to_guess(params, message):
+    with pytest.raises(AmbiguousDepthError, match=message) as refused:
+        find_depth(params)
+    assert "trace_depth(fn, params, batch)" in str(refused.value)
+    assert refused.value.readings
+
+
+def test_doubts_beside_certain_layers_do_not_stop_it():
+    params = {f"block_{i}": block() for i in range(3)} | {f"critic_{i}": block() for i in range(2)}
+    assert {path.partition("_")[0] for path in find_depth(params)} == {"block"}
+
+
+def test_metadata_is_believed_only_with_a_name_for_each_axis():
+    def boxed(names):
+        norm = nn.Partitioned(jnp.ones((2, 5)), names)
+        kernel = nn.Partitioned(jnp.ones((4, 5, 4)), (None, "layers", None))
+        return {"layers": {"norm": {"scale": norm}, "w": kernel}}
+
+    depth = find_depth(boxed(("layers",)))
+    assert depth["layers/norm/scale"].axes == (1,)
+    assert depth["layers/norm/scale"].found_by == "metadata"
+    with pytest.raises(AmbiguousDepthError, match="different numbers of layers"):
+        find_depth(boxed(("layers", "norm")))
+
+
+def test_reads_paths_shapes_and_dtypes_only():
+    params = {"layers": block(6)}
+    assert find_depth(jax.eval_shape(lambda: params)) == find_depth(params)
+
+
+def test_integers_are_left_alone():
+    params = {"layers": block(6) | {"step": jnp.ones(6, "int32")}}
+    assert "layers/step" not in find_depth(params)
+
+
+def test_an_empty_tree_is_no_error():
+    assert find_depth({}) == find_depth(None) == ds.Depth()
+
+
+def test_explains_what_it_left_alone():
+    depth = find_depth({"layers": block(6), "head": jnp.ones((4, 2)), "block_0": block()})
+    assert "neither numbered like a layer nor in a stack" in depth.explain("head")
+    assert "the only layer of its kind" in depth.explain("block_0/norm/scale")
