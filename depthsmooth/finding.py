@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,6 @@ from depthsmooth.layout import Depth, DepthNotFoundError, Leaf, check_mixable
 from depthsmooth.places import (
     KeyPath,
     Place,
-    Shape,
     is_masked,
     named,
     numbered_key,
@@ -31,6 +29,15 @@ from depthsmooth.places import (
     shape_of,
     some,
     stacked,
+)
+from depthsmooth.siblings import (
+    Family,
+    Known,
+    Node,
+    are_block_parts,
+    families_of,
+    is_layer_name,
+    nesting_of,
 )
 from depthsmooth.stencil import Axes
 
@@ -49,129 +56,6 @@ class AmbiguousDepthError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Known:
-    """What the tree says of one leaf.
-
-    Attributes:
-      path: its path.
-      shape: its shape.
-      names: the name of each axis; empty where they are not known.
-    """
-
-    path: str
-    shape: Shape
-    names: tuple[str, ...] = ()
-
-    @functools.cached_property
-    def keys(self) -> list[str]:
-        return self.path.split("/")
-
-    @functools.cached_property
-    def layer_axes(self) -> list[int]:
-        """The axes that are named after layers."""
-        return [axis for axis, name in enumerate(self.names) if _nesting(name) is not None]
-
-    @functools.cached_property
-    def is_norm(self) -> bool:
-        """Whether it is a vector of a normalisation: it has one axis in each layer."""
-        *_, above, last = ["", *self.keys]
-        of_norm = any(map(_is_norm_word, _words(above)))
-        return last == "scale" or _is_norm_word(last) or (of_norm and last in _VECTORS)
-
-    @property
-    def is_vector(self) -> bool:
-        """Whether it is a vector in each layer, unless a bias of several heads."""
-        return self.is_norm or self.keys[-1] in ("b", "bias")
-
-
-_VECTORS = frozenset({"b", "beta", "bias", "g", "gamma", "offset", "w", "weight"})
-
-
-@dataclasses.dataclass(frozen=True)
-class _Node:
-    """A place in the tree, with all leaves below it."""
-
-    path: str
-    leaves: tuple[_Known, ...]
-
-    @property
-    def key(self) -> str:
-        return self.path.rpartition("/")[2]
-
-    @property
-    def level(self) -> int:
-        return len(self.path.split("/")) if self.path else 0
-
-    def inside(self, leaf: _Known) -> str:
-        """The path of a leaf from here on."""
-        return "/".join(leaf.keys[self.level :])
-
-    @functools.cached_property
-    def children(self) -> dict[str, _Node]:
-        below: dict[str, list[_Known]] = {}
-        for leaf in self.leaves:
-            if len(leaf.keys) > self.level:
-                below.setdefault(leaf.keys[self.level], []).append(leaf)
-        start = f"{self.path}/" if self.path else ""
-        return {key: _Node(start + key, tuple(leaves)) for key, leaves in below.items()}
-
-    @property
-    def is_block(self) -> bool:
-        """Whether it has the weights of a block: two matrices or more."""
-        return sum(len(leaf.shape) > 1 and not leaf.is_vector for leaf in self.leaves) > 1
-
-
-@dataclasses.dataclass(frozen=True)
-class _Family:
-    """Siblings that differ in the number at the end of their keys.
-
-    Attributes:
-      parent: the node that has them as children.
-      group: their path, with ``*`` for the number.
-      members: from number to sibling, in numeric order.
-    """
-
-    parent: _Node
-    group: str
-    members: dict[int, _Node]
-
-    @property
-    def name(self) -> str:
-        """The name they share; for bare numbers, as in a list, that of the parent."""
-        return self.group.rpartition("/")[2].rstrip("*").rstrip("-_") or self.parent.key
-
-    @property
-    def pattern(self) -> str:
-        first = next(iter(self.members.values()))
-        stem = re.escape(first.path[: len(first.path) - len(first.key)] + numbered_key(first.key)[0])
-        return rf"{stem}[-_]?(\d*)/.*" if first.key != "0" else rf"{stem}(\d+)/.*"
-
-    @functools.cached_property
-    def tensors(self) -> dict[str, dict[int, Shape]]:
-        """For each tensor its shape in each of the siblings that have it."""
-        shapes: dict[str, dict[int, Shape]] = {}
-        for number, node in self.members.items():
-            for leaf in node.leaves:
-                shapes.setdefault(node.inside(leaf), {})[number] = leaf.shape
-        return shapes
-
-    @property
-    def misfit(self) -> str:
-        """Why they are not the layers of one stack, if they are not."""
-        first, *_, last = [*self.members, *self.members]
-        if first > 1 or len(self.members) != last - first + 1:
-            return "their numbers have holes"
-        for tensor, shapes in self.tensors.items():
-            if len(set(shapes.values())) > 1:
-                return f"{tensor} has not the same shape in all of them"
-        if any(
-            len(leaf.shape) > 1 and leaf.is_norm for node in self.members.values() for leaf in node.leaves
-        ) or any(leaf.layer_axes for node in self.members.values() for leaf in node.leaves):
-            return "each of them is a stack: they may alternate, or follow one another"
-        return ""
-
-
-@dataclasses.dataclass(frozen=True)
 class _Doubt:
     """Leaves that can be read in more than one way.
 
@@ -184,7 +68,7 @@ class _Doubt:
     """
 
     pattern: str
-    leaf: _Known
+    leaf: Known
     why: str
     readings: tuple[str, ...]
     grave: bool = True
@@ -225,14 +109,14 @@ def find_depth(params: optax.Params, *, metadata: bool = True) -> Depth:
       left alone: head (4, 2)
     """
     arrays = _leaves_with_names(params, metadata)
-    known = [_Known(path, shape_of(array), names) for path, array, names in arrays]
+    known = [Known(path, shape_of(array), names) for path, array, names in arrays]
     search = _Search()
     mixable = [
         leaf
         for leaf, (_, array, _) in zip(known, arrays, strict=True)
         if jnp.issubdtype(array.dtype, jnp.inexact)
     ]
-    root = _Node("", tuple(mixable))
+    root = Node("", tuple(mixable))
     search.walk(root)
     search.doubt_the_left(root)
     doubts = [doubt for doubt in search.doubts if doubt.grave or not search.places]
@@ -279,14 +163,14 @@ class _Search:
         self.places: dict[str, Place] = {}
         self.reasons: dict[str, str] = {}
         self.doubts: list[_Doubt] = []
-        self.left: list[_Known] = []
+        self.left: list[Known] = []
 
-    def walk(self, node: _Node) -> None:
+    def walk(self, node: Node) -> None:
         """Places the layers below a node. Within layers nothing else is layers."""
         if self._is_stack(node):
             return
-        families = _families(node)
-        parts = _are_block_parts(families)
+        families = families_of(node)
+        parts = are_block_parts(families)
         inside = set()
         for family in families:
             if self._is_layers(family, parts):
@@ -301,11 +185,11 @@ class _Search:
             ):
                 self.left.append(child.leaves[0])
 
-    def _is_layers(self, family: _Family, parts: bool) -> bool:
+    def _is_layers(self, family: Family, parts: bool) -> bool:
         """Whether a family is layers, or may be: there is nothing more to look for in it."""
         members = list(family.members.values())
         leaves = [leaf for node in members for leaf in node.leaves]
-        is_named = _is_layer_name(family.name)
+        is_named = is_layer_name(family.name)
         if len(members) == 1:
             for leaf in leaves if is_named else ():
                 self.reasons[leaf.path] = f"{members[0].path} is the only layer of its kind"
@@ -331,12 +215,12 @@ class _Search:
                 )
         return True
 
-    def _is_stack(self, node: _Node) -> bool:
+    def _is_stack(self, node: Node) -> bool:
         """Whether the leaves below are one stack, or may be."""
         name, number = numbered_key(node.key)
         marked = [leaf for leaf in node.leaves if leaf.layer_axes]
         whole = len(marked) == len(node.leaves) and node.is_block
-        if number is not None or not (_is_layer_name(name) or whole):
+        if number is not None or not (is_layer_name(name) or whole):
             return False
         found = _named_axes(node.leaves, marked) if marked else _common_axes(node.leaves)
         if found is None:
@@ -356,11 +240,11 @@ class _Search:
                 self.places[leaf.path] = Place(node.path, tensor, found[leaf.path], layers, by)
         return True
 
-    def _doubt(self, family: _Family, why: str, grave: bool) -> None:
+    def _doubt(self, family: Family, why: str, grave: bool) -> None:
         leaf = next(iter(family.members.values())).leaves[0]
         self.doubts.append(_Doubt(family.pattern, leaf, why, ("numbered()",), grave))
 
-    def _doubt_stack(self, node: _Node, why: str) -> None:
+    def _doubt_stack(self, node: Node, why: str) -> None:
         norms = {len(leaf.shape) for leaf in node.leaves if leaf.is_norm}
         agreed = [
             axis
@@ -375,7 +259,7 @@ class _Search:
         leaf = min(node.leaves, key=lambda leaf: not leaf.is_norm)
         self.doubts.append(_Doubt(pattern, leaf, why, tuple(rules)))
 
-    def doubt_the_left(self, root: _Node) -> None:
+    def doubt_the_left(self, root: Node) -> None:
         """Norms with more than one axis, and axes named layers, that nothing accounts for."""
         for leaf in self.left:
             node = root
@@ -386,51 +270,16 @@ class _Search:
                 self._doubt_stack(node, why)
 
 
-def _families(node: _Node) -> list[_Family]:
-    """The children that differ in a number; a child without one may come before number 1."""
-    numbers: dict[str, dict[int, list[_Node]]] = {}
-    for key, child in node.children.items():
-        stem, number = numbered_key(key)
-        if number is not None:
-            numbers.setdefault(stem, {}).setdefault(number, []).append(child)
-    families = []
-    for stem, found in numbers.items():
-        if any(len(twins) > 1 for twins in found.values()):
-            continue
-        members = {number: twins[0] for number, twins in sorted(found.items())}
-        starred = re.sub(r"\d+$", "*", next(iter(members.values())).path)
-        if min(members) == 1 and stem in node.children:
-            first, second = node.children[stem], members[1]
-            ours, theirs = ({n.inside(leaf): leaf.shape for leaf in n.leaves} for n in (first, second))
-            if ours == theirs:
-                members = {0: first} | members
-        families.append(_Family(node, starred, members))
-    return families
-
-
-def _are_block_parts(families: Sequence[_Family]) -> bool:
-    """Whether all the families of a node are the parts of its blocks, each numbered alike.
-
-    As with Haiku, where a loop over attention and MLP names them attn, attn_1, … and mlp,
-    mlp_1, …: without containers for the blocks.
-    """
-    blocks = [family for family in families if next(iter(family.members.values())).is_block]
-    words = {word for family in blocks for word in _words(family.name)}
-    counts = {tuple(family.members) for family in families}
-    return (
-        len(counts) == 1
-        and len(counts.pop()) > 1
-        and any(word.startswith(("attn", "attention")) for word in words)
-        and any(word.startswith(("mlp", "ff", "feed")) for word in words)
+def _has_layers(node: Node) -> bool:
+    """Whether layers are below, so that the node's siblings are copies of a whole model."""
+    return any(
+        is_layer_name(numbered_key(key)[0])
+        for leaf in node.leaves
+        for key in leaf.keys[node.level :]
     )
 
 
-def _has_layers(node: _Node) -> bool:
-    """Whether layers are below, so that the node's siblings are copies of a whole model."""
-    return any(_is_layer_name(numbered_key(key)[0]) for leaf in node.leaves for key in leaf.keys[node.level:])
-
-
-def _common_axes(leaves: Sequence[_Known]) -> dict[str, Axes] | str | None:
+def _common_axes(leaves: Sequence[Known]) -> dict[str, Axes] | str | None:
     """The one axis that all leaves agree on, why that is not certain, or None if unstacked."""
     norms = {len(leaf.shape) for leaf in leaves if leaf.is_norm}
     vectors = {len(leaf.shape) for leaf in leaves if leaf.is_vector}
@@ -440,10 +289,10 @@ def _common_axes(leaves: Sequence[_Known]) -> dict[str, Axes] | str | None:
         return None
     if len(norms) > 1 or min(vectors) > 2:
         return "it is stacked along several axes, whose order the tree does not tell"
-    candidates = []
+    candidates: list[dict[str, Axes]] = []
     for axis in (*range(min(len(leaf.shape) for leaf in leaves)), -1):
         sizes = {leaf.shape[axis] for leaf in leaves}
-        axes = {leaf.path: (axis % len(leaf.shape),) for leaf in leaves}
+        axes: dict[str, Axes] = {leaf.path: (axis % len(leaf.shape),) for leaf in leaves}
         if len(sizes) == 1 and axes not in candidates:
             candidates.append(axes)
     if len(candidates) != 1:
@@ -451,18 +300,18 @@ def _common_axes(leaves: Sequence[_Known]) -> dict[str, Axes] | str | None:
     return candidates[0]
 
 
-def _named_axes(
-    leaves: Sequence[_Known], marked: Sequence[_Known]
-) -> dict[str, Axes] | str | None:
+def _named_axes(leaves: Sequence[Known], marked: Sequence[Known]) -> dict[str, Axes] | str | None:
     """The axes that metadata names after layers, outer to inner, or why they are not certain."""
     kinds = {tuple(leaf.names[axis] for axis in leaf.layer_axes) for leaf in marked}
     if len(kinds) > 1:
         return "its leaves name different axes after layers, so that the order is not certain"
-    nesting = [_nesting(name) for name in next(iter(kinds))]
+    nesting = [nesting_of(name) for name in next(iter(kinds))]
     if len(set(nesting)) < len(nesting):
         return "two of its axes are named after layers, and their order is not certain"
     axes = {
-        leaf.path: tuple(sorted(leaf.layer_axes, key=lambda axis: _nesting(leaf.names[axis]) or 0))
+        leaf.path: tuple(
+            sorted(leaf.layer_axes, key=lambda axis: nesting_of(leaf.names[axis]) or 0)
+        )
         for leaf in marked
     }
     if any(leaf.is_norm and len(leaf.shape) != 1 + len(nesting) for leaf in marked):
@@ -474,20 +323,21 @@ def _named_axes(
         return axes
     said = {axis for leaf in marked for axis in axes[leaf.path]}
     common = _common_axes(leaves)
-    if len(nesting) == 1 and isinstance(common, dict):
-        if all(common[leaf.path] == axes[leaf.path] for leaf in marked):
-            return common
-    return f"some of its leaves name axis {min(said)} after layers, but not all, and sizes do not tell"
+    if isinstance(common, dict) and all(common[leaf.path] == axes[leaf.path] for leaf in marked):
+        return common
+    return (
+        f"some of its leaves name axis {min(said)} after layers, but not all, and sizes do not tell"
+    )
 
 
-def _dealt(node: _Node) -> dict[str, tuple[int, str]] | str:
+def _dealt(node: Node) -> dict[str, tuple[int, str]] | str:
     """In a stack of blocks in turn, each leaf's place in the pattern, and its tensor."""
     while len(node.children) == 1 and node.leaves[0].path != node.path:
         [node] = node.children.values()
-    families = [family for family in _families(node) if len(family.members) > 1]
+    families = [family for family in families_of(node) if len(family.members) > 1]
     for family in families:
         if len(family.members) == len(node.children) and (
-            _is_layer_name(family.name) and not next(iter(node.children)).isdigit()
+            is_layer_name(family.name) and not next(iter(node.children)).isdigit()
         ):
             first = next(iter(family.members))
             return {
@@ -496,7 +346,9 @@ def _dealt(node: _Node) -> dict[str, tuple[int, str]] | str:
                 for leaf in member.leaves
             }
         if next(iter(family.members.values())).key.isdigit():
-            return "each of its numbered parts is a stack: they may alternate, or follow one another"
+            return (
+                "each of its numbered parts is a stack: they may alternate, or follow one another"
+            )
     return {}
 
 
@@ -524,29 +376,3 @@ def _axis_names(box: object) -> tuple[object, ...] | None:
         metadata = box.get_metadata()
         names = metadata.get("out_sharding") or metadata.get("sharding_names")
     return tuple(names) if isinstance(names, tuple | list) else None
-
-
-def _nesting(name: str) -> int | None:
-    """How deep an axis of that name nests among those that run over layers; None if it does not."""
-    words = _words(name)
-    if "repeats" in words or "repeat" in words:
-        return 0
-    if "layers" in words or "layer" in words or "blocks" in words:
-        return 2 if "per" in words else 1
-    return None
-
-
-def _is_layer_name(key: str) -> bool:
-    """Whether a key names a block that a network repeats, or the stack of them."""
-    words = _words(key)
-    is_layer = any(word.endswith(("layer", "layers", "block", "blocks")) for word in words)
-    return key == "h" or (is_layer and not any(map(_is_norm_word, words)))
-
-
-def _is_norm_word(word: str) -> bool:
-    return word.endswith("norm") or word == "ln"
-
-
-def _words(key: str) -> list[str]:
-    """The words of a key, in lower case: split at underscores, capitals and digits."""
-    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", key)]

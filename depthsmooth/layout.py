@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -236,7 +237,7 @@ class Depth(Mapping[str, Place]):
           ValueError: if the text is something else.
 
         Example:
-          >>> depth = Depth.from_rules({"layers/.*": 0}).resolve({"layers": {"w": jnp.ones((3, 2))}})
+          >>> depth = Depth.from_rules({"layers": 0}).resolve({"layers": jnp.ones((3, 2))})
           >>> Depth.from_json(depth.to_json()) == depth
           True
         """
@@ -248,7 +249,9 @@ class Depth(Mapping[str, Place]):
             ]
             return cls(tuple(leaves), tuple((name, _rule(rule)) for name, rule in fields["rules"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"This is not a Depth in JSON, as depth.to_json() writes it: {error!r}")
+            raise ValueError(
+                f"This is not a Depth in JSON, as depth.to_json() writes it: {error!r}."
+            ) from error
 
     def __bool__(self) -> bool:
         return bool(self.rules or self._places)
@@ -344,16 +347,16 @@ def check_mixable(path: str, leaf: jax.Array, copies: int) -> None:
         )
 
 
-def _place(fields: dict[str, object] | None) -> Place | None:
+def _place(fields: Mapping[str, Any] | None) -> Place | None:
     if fields is None:
         return None
-    lists = {name: tuple(v) for name, v in fields.items() if isinstance(v, list)}
-    return Place(**(fields | lists))  # type: ignore[arg-type]
+    axes, layers = tuple(fields["axes"]), tuple(fields["layers"])
+    return Place(fields["group"], fields["tensor"], axes, layers, fields["found_by"])
 
 
-def _rule(fields: Mapping[str, Sequence[object]]) -> Rule:
-    containers = tuple((name, _rule(rule)) for name, rule in fields["containers"])  # type: ignore[misc]
-    return Rule(tuple(fields["axes"]), bool(fields["numbered"]), containers)  # type: ignore[arg-type]
+def _rule(fields: Mapping[str, Any]) -> Rule:
+    containers = tuple((name, _rule(rule)) for name, rule in fields["containers"])
+    return Rule(tuple(fields["axes"]), bool(fields["numbered"]), containers)
 
 
 def _rule_name(rule: Rule) -> str:

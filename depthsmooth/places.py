@@ -9,7 +9,6 @@ import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 
 import jax
-import numpy as np
 import optax
 
 from depthsmooth.stencil import Axes
@@ -126,4 +125,5 @@ def some(names: Iterable[str], most: int = 12) -> str:
 
 
 def shape_of(leaf: object) -> Shape:
-    return tuple(np.shape(leaf))  # type: ignore[arg-type]
+    """The shape of a leaf; () for a number."""
+    return tuple(getattr(leaf, "shape", ()))

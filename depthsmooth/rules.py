@@ -33,7 +33,9 @@ class Rule:
         axes = ", ".join(map(str, self.axes))
         if self.numbered:
             return f"interleaved({axes})" if self.axes else "numbered()"
-        return f"axes {axes}" if len(self.axes) > 1 else f"axis {axes}" if self.axes else "one layer"
+        return (
+            f"axes {axes}" if len(self.axes) > 1 else f"axis {axes}" if self.axes else "one layer"
+        )
 
 
 Axis = int | Sequence[int]
@@ -124,7 +126,9 @@ def sequence(*containers: str | tuple[str, RuleLike]) -> Rule:
             )
     rules = tuple((pattern, as_rule(pattern, rule)) for pattern, rule in pairs)
     if any(rule.containers for _, rule in rules):
-        raise ValueError("A sequence() cannot be a container of another: list its containers there.")
+        raise ValueError(
+            "A sequence() cannot be a container of another: list its containers there."
+        )
     return Rule(containers=rules)
 
 
@@ -408,9 +412,7 @@ def check_tensors(source: str, places: Mapping[str, Place], shapes: Mapping[str,
                 )
 
 
-def _matches_nothing(
-    pattern: str, shapes: Mapping[str, Shape], masked: Sequence[str]
-) -> str:
+def _matches_nothing(pattern: str, shapes: Mapping[str, Shape], masked: Sequence[str]) -> str:
     hidden = (
         f" {some(masked)} is masked: if the rule is for a leaf in there, match it before masking, "
         "with Depth.from_rules(rules).resolve(params)."

@@ -107,6 +107,7 @@ def apply(
     updates: Sequence[jax.Array],
     axes: Sequence[Axes],
     layers: Sequence[Sequence[int]],
+    zero: jax.typing.ArrayLike = 0,
 ) -> list[jax.Array]:
     r"""Mixes the layers that several arrays hold between them: :math:`(S \otimes I)\, u`.
 
@@ -121,6 +122,8 @@ def apply(
       axes: for each array its depth axes, outer to inner.
       layers: for each array the layers it holds, in row-major order of its depth
         axes. Every layer is held once.
+      zero: a scalar 0. If it is traced, so that a compiler cannot know that it is 0,
+        the result is the same in every bit, however the layers are laid out.
 
     Returns:
       Arrays of the shapes, dtypes, weak types and shardings of ``updates``.
@@ -142,15 +145,15 @@ def apply(
     neighbours = [stencil.neighbours(offset) for offset in stencil.offsets]
     results = []
     for array, itself, ours in zip(arrays, wide, layers, strict=True):
-        # A product that meets a sum may be rounded or not, as the compiler likes. Adding a zero
-        # that it cannot see through rounds it, so that all layouts agree in every bit.
-        zero = jax.lax.optimization_barrier(jnp.zeros((), itself.array.dtype))
+        # Compilers round a product that meets a sum, or do not, as they like. A sum with a 0 that
+        # they do not see through rounds it always.
+        nothing = jnp.asarray(zero).astype(itself.array.dtype)
         taps = []
         for k, neighbour in enumerate(neighbours):
             wanted = [neighbour[layer] for layer in ours]
             places = [None if layer is None else held[layer] for layer in wanted]
             weights = itself.over_layers(_some_of(stencil.weights[k], ours))
-            taps.append(weights * _gather(wide, places, itself) + zero)
+            taps.append(weights * _gather(wide, places, itself) + nothing)
         mixed = functools.reduce(jnp.add, taps).astype(array.array.dtype)
         # Setting into the original is the public way to keep a weak type.
         weak = jax.typeof(array.array).weak_type
@@ -228,7 +231,7 @@ def _widened(array: jax.Array) -> jax.Array:
 
 
 def _some_of(weights: np.ndarray | jax.Array, layers: Sequence[int]) -> np.ndarray | jax.Array:
-    """The weights of some layers; by a slice where they are evenly spaced, which compiles better."""
+    """The weights of some layers; by a slice, which compiles better, if evenly spaced."""
     step = layers[1] - layers[0] if len(layers) > 1 else 1
     if list(layers) == list(range(layers[0], layers[-1] + 1, step)):
         return weights[layers[0] : layers[-1] + 1 : step]

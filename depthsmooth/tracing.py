@@ -464,7 +464,9 @@ def _places(walk: _Walk, paths: Sequence[str], shapes: Sequence[_Shape]) -> dict
         name += f" ({names[name]})" if names[name] > 1 else ""
         for leaf in leaves:
             axis = found[leaf][0]
-            places[leaf] = Place(name, paths[leaf], (axis,), tuple(range(shapes[leaf][axis])), "trace")
+            places[leaf] = Place(
+                name, paths[leaf], (axis,), tuple(range(shapes[leaf][axis])), "trace"
+            )
     return places
 
 

@@ -115,6 +115,7 @@ def _apply(
             [leaves[k] for k in ours],
             [place.axes for place in track.places],
             track.layers,
+            zero=jnp.minimum(count, 0),
         )
         for k, leaf in zip(ours, mixed, strict=True):
             leaves[k] = leaf

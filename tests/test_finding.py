@@ -93,7 +93,7 @@ def test_the_rules_it_offers_where_it_abstains_are_right(boxed):
         if not all(error.readings.values()):
             assert name == "maxtext_linen_gemma4_scan"
             continue
-        rules = {pattern: eval(rules[0], NAMES) for pattern, rules in error.readings.items()}  # noqa: S307
+        rules = {pattern: eval(rules[0], NAMES) for pattern, rules in error.readings.items()}
         depth = ds.Depth.from_rules(rules).resolve(tree_of(name, boxed=boxed))
         assert_right(depth, name)
         assert set(depth) == set(truth_of(name))
@@ -158,7 +158,7 @@ def test_two_stacks_side_by_side():
 
 def test_siblings_without_a_tensor_that_others_have():
     """Every other layer has experts: they are kept apart by the layers between them."""
-    params = {f"layers_{i}": block(names=("mlp", "experts")[: 1 + i % 2] + ("o",)) for i in range(4)}
+    params = {f"layers_{i}": block(names=("mlp", "o", "experts")[: 2 + i % 2]) for i in range(4)}
     depth = find_depth(params)
     assert [depth[f"layers_{i}/experts/kernel"].layer for i in (1, 3)] == [1, 3]
     runs = {track.paths[0]: track.runs for track in depth.tracks}

@@ -249,8 +249,9 @@ class Report:
 
 def _cosine_of_unrelated(alpha: float, layers: int) -> np.ndarray:
     """What smoothing alone makes of the neighbours of uncorrelated updates of one norm."""
-    identity = jnp.eye(layers)
-    smoothed = np.asarray(apply(window(alpha)(layers, 0), identity, axis=0), np.float64)
+    stencil = window(alpha)(layers, 0)
+    [mixed] = apply(stencil, [jnp.eye(layers)], [(0,)], [range(layers)])
+    smoothed = np.asarray(mixed, np.float64)
     gram = smoothed @ smoothed.T
     norms = np.sqrt(gram.diagonal())
     cosines: np.ndarray = gram.diagonal(1) / (norms[:-1] * norms[1:])

@@ -1,0 +1,210 @@
+"""The tree as its keys tell it: nodes, siblings that differ in a number, and names of layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+
+from depthsmooth.places import Shape, numbered_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What the tree says of one leaf.
+
+    Attributes:
+      path: its path.
+      shape: its shape.
+      names: the name of each axis; empty where they are not known.
+    """
+
+    path: str
+    shape: Shape
+    names: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def keys(self) -> list[str]:
+        """The keys of its path."""
+        return self.path.split("/")
+
+    @functools.cached_property
+    def layer_axes(self) -> list[int]:
+        """The axes that are named after layers."""
+        return [axis for axis, name in enumerate(self.names) if nesting_of(name) is not None]
+
+    @functools.cached_property
+    def is_norm(self) -> bool:
+        """Whether it is a vector of a normalisation: it has one axis in each layer."""
+        *_, above, last = ["", *self.keys]
+        of_norm = any(map(is_norm_word, words_of(above)))
+        return last == "scale" or is_norm_word(last) or (of_norm and last in VECTORS)
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is a vector in each layer, unless a bias of several heads."""
+        return self.is_norm or self.keys[-1] in ("b", "bias")
+
+
+VECTORS = frozenset({"b", "beta", "bias", "g", "gamma", "offset", "w", "weight"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A place in the tree, with all leaves below it."""
+
+    path: str
+    leaves: tuple[Known, ...]
+
+    @property
+    def key(self) -> str:
+        """The last key of its path."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def level(self) -> int:
+        """The number of keys in its path."""
+        return len(self.path.split("/")) if self.path else 0
+
+    def inside(self, leaf: Known) -> str:
+        """The path of a leaf from here on."""
+        return "/".join(leaf.keys[self.level :])
+
+    @functools.cached_property
+    def children(self) -> dict[str, Node]:
+        """The nodes one key below, by key."""
+        below: dict[str, list[Known]] = {}
+        for leaf in self.leaves:
+            if len(leaf.keys) > self.level:
+                below.setdefault(leaf.keys[self.level], []).append(leaf)
+        start = f"{self.path}/" if self.path else ""
+        return {key: Node(start + key, tuple(leaves)) for key, leaves in below.items()}
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it has the weights of a block: two matrices or more."""
+        return sum(len(leaf.shape) > 1 and not leaf.is_vector for leaf in self.leaves) > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Siblings that differ in the number at the end of their keys.
+
+    Attributes:
+      parent: the node that has them as children.
+      group: their path, with ``*`` for the number.
+      members: from number to sibling, in numeric order.
+    """
+
+    parent: Node
+    group: str
+    members: dict[int, Node]
+
+    @property
+    def name(self) -> str:
+        """The name they share; for bare numbers, as in a list, that of the parent."""
+        return self.group.rpartition("/")[2].rstrip("*").rstrip("-_") or self.parent.key
+
+    @property
+    def pattern(self) -> str:
+        """The pattern of a rule for the family."""
+        first = next(iter(self.members.values()))
+        stem = re.escape(
+            first.path[: len(first.path) - len(first.key)] + numbered_key(first.key)[0]
+        )
+        return rf"{stem}[-_]?(\d*)/.*" if first.key != "0" else rf"{stem}(\d+)/.*"
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, dict[int, Shape]]:
+        """For each tensor its shape in each of the siblings that have it."""
+        shapes: dict[str, dict[int, Shape]] = {}
+        for number, node in self.members.items():
+            for leaf in node.leaves:
+                shapes.setdefault(node.inside(leaf), {})[number] = leaf.shape
+        return shapes
+
+    @property
+    def misfit(self) -> str:
+        """Why they are not the layers of one stack, if they are not."""
+        first, *_, last = [*self.members, *self.members]
+        if first > 1 or len(self.members) != last - first + 1:
+            return "their numbers have holes"
+        for tensor, shapes in self.tensors.items():
+            if len(set(shapes.values())) > 1:
+                return f"{tensor} has not the same shape in all of them"
+        if any(
+            len(leaf.shape) > 1 and leaf.is_norm
+            for node in self.members.values()
+            for leaf in node.leaves
+        ) or any(leaf.layer_axes for node in self.members.values() for leaf in node.leaves):
+            return "each of them is a stack: they may alternate, or follow one another"
+        return ""
+
+
+def families_of(node: Node) -> list[Family]:
+    """The children that differ in a number; a child without one may come before number 1."""
+    numbers: dict[str, dict[int, list[Node]]] = {}
+    for key, child in node.children.items():
+        stem, number = numbered_key(key)
+        if number is not None:
+            numbers.setdefault(stem, {}).setdefault(number, []).append(child)
+    families = []
+    for stem, found in numbers.items():
+        if any(len(twins) > 1 for twins in found.values()):
+            continue
+        members = {number: twins[0] for number, twins in sorted(found.items())}
+        starred = re.sub(r"\d+$", "*", next(iter(members.values())).path)
+        if min(members) == 1 and stem in node.children:
+            first, second = node.children[stem], members[1]
+            ours, theirs = (
+                {n.inside(leaf): leaf.shape for leaf in n.leaves} for n in (first, second)
+            )
+            if ours == theirs:
+                members = {0: first} | members
+        families.append(Family(node, starred, members))
+    return families
+
+
+def are_block_parts(families: Sequence[Family]) -> bool:
+    """Whether all the families of a node are the parts of its blocks, each numbered alike.
+
+    As with Haiku, where a loop over attention and MLP names them attn, attn_1, … and mlp,
+    mlp_1, …: without containers for the blocks.
+    """
+    blocks = [family for family in families if next(iter(family.members.values())).is_block]
+    words = {word for family in blocks for word in words_of(family.name)}
+    counts = {tuple(family.members) for family in families}
+    return (
+        len(counts) == 1
+        and len(counts.pop()) > 1
+        and any(word.startswith(("attn", "attention")) for word in words)
+        and any(word.startswith(("mlp", "ff", "feed")) for word in words)
+    )
+
+
+def nesting_of(name: str) -> int | None:
+    """How deep an axis of that name nests among those that run over layers; None if it does not."""
+    words = words_of(name)
+    if "repeats" in words or "repeat" in words:
+        return 0
+    if "layers" in words or "layer" in words or "blocks" in words:
+        return 2 if "per" in words else 1
+    return None
+
+
+def is_layer_name(key: str) -> bool:
+    """Whether a key names a block that a network repeats, or the stack of them."""
+    words = words_of(key)
+    is_layer = any(word.endswith(("layer", "layers", "block", "blocks")) for word in words)
+    return key == "h" or (is_layer and not any(map(is_norm_word, words)))
+
+
+def is_norm_word(word: str) -> bool:
+    """Whether a word names a normalisation."""
+    return word.endswith("norm") or word == "ln"
+
+
+def words_of(key: str) -> list[str]:
+    """The words of a key, in lower case: split at underscores, capitals and digits."""
+    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", key)]

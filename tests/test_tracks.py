@@ -1,0 +1,152 @@
+"""One tensor through all layers is mixed alike, to the last bit, however it is laid out."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import depthsmooth as ds
+from depthsmooth.stencil import Stencil, apply, exists, join
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+
+def random_stencil(layers, radius, seed):
+    offsets = tuple(range(-radius, radius + 1))
+    weights = np.random.default_rng(seed).normal(size=(len(offsets), layers))
+    return Stencil(offsets, weights * exists(offsets, layers))
+
+
+def deal(layers, leaves):
+    """Layers dealt to leaves in turn."""
+    return [tuple(range(j, layers, leaves)) for j in range(leaves)]
+
+
+@st.composite
+def layouts(draw, layers):
+    """Which leaf holds which layers, and how many depth axes it has: the ways of real models."""
+    kind = draw(st.sampled_from(["stacked", "unrolled", "dealt", "two axes", "sequence", "any"]))
+    divisors = [k for k in range(1, layers + 1) if layers % k == 0]
+    if kind == "stacked":
+        return [tuple(range(layers))], [(layers,)]
+    if kind == "unrolled":
+        return deal(layers, layers), [()] * layers
+    if kind == "dealt":
+        k = draw(st.sampled_from(divisors))
+        return deal(layers, k), [(layers // k,)] * k
+    if kind == "two axes":
+        k = draw(st.sampled_from(divisors))
+        return [tuple(range(layers))], [(k, layers // k)]
+    if kind == "sequence":
+        cuts = sorted(draw(st.sets(st.integers(1, layers))) | {0, layers})
+        held = [tuple(range(a, b)) for a, b in itertools.pairwise(cuts)]
+        return held, [(len(ours),) for ours in held]
+    owner = draw(st.lists(st.integers(0, 2), min_size=layers, max_size=layers))
+    held = [tuple(i for i in range(layers) if owner[i] == j) for j in range(3)]
+    held = [ours for ours in held if ours]
+    return held, [(len(ours),) for ours in held]
+
+
+@st.composite
+def laid_out(draw):
+    """A stack of layers, and the same layers in another layout along other axes."""
+    layers = draw(st.integers(1, 8))
+    tail = tuple(draw(st.lists(st.integers(1, 4), max_size=2)))
+    stack = np.random.default_rng(draw(st.integers(0, 99))).normal(size=(layers, *tail))
+    held, sizes = draw(layouts(layers))
+    arrays, axes = [], []
+    for ours, size in zip(held, sizes, strict=True):
+        front = stack[list(ours)].reshape((*size, *tail))
+        to = tuple(draw(st.permutations(range(len(size) + len(tail))))[: len(size)])
+        arrays.append(np.moveaxis(front, range(len(size)), to))
+        axes.append(to)
+    return stack, arrays, axes, held
+
+
+@settings(max_examples=300)
+@given(
+    layout=laid_out(),
+    radius=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    traced=st.booleans(),
+)
+def test_stacked_is_unrolled_is_interleaved_bit_for_bit(layout, radius, seed, dtype, traced):
+    stack, arrays, axes, held = layout
+    stencil = random_stencil(len(stack), radius, seed)
+
+    def mix(updates, zero, weights, axes, held):
+        known = stencil.weights if weights is None else weights
+        return apply(Stencil(stencil.offsets, known), updates, axes, held, zero)
+
+    weights = jnp.asarray(stencil.weights, "float32") if traced else None
+    run = jax.jit(mix, static_argnums=(3, 4))
+    [whole] = run([jnp.asarray(stack, dtype)], 0, weights, ((0,),), (tuple(range(len(stack))),))
+    parts = run([jnp.asarray(a, dtype) for a in arrays], 0, weights, tuple(axes), tuple(held))
+    eager = mix([jnp.asarray(a, dtype) for a in arrays], 0, weights, axes, held)
+    bits = {"float32": np.int32, "bfloat16": np.int16}[dtype]
+    for part, again, to, ours in zip(parts, eager, axes, held, strict=True):
+        front = np.moveaxis(np.asarray(part), to, range(len(to)))
+        expected = np.asarray(whole)[list(ours)].reshape(front.shape)
+        np.testing.assert_array_equal(front.copy().view(bits), expected.view(bits))
+        np.testing.assert_array_equal(np.asarray(again).view(bits), np.asarray(part).view(bits))
+
+
+def dense(stencil):
+    """The L × L matrix of a stencil."""
+    matrix = np.zeros((stencil.weights.shape[1],) * 2)
+    for offset, weights in zip(stencil.offsets, stencil.weights, strict=True):
+        for i, j in enumerate(stencil.neighbours(offset)):
+            if j is not None:
+                matrix[i, j] = weights[i]
+    return matrix
+
+
+def test_a_join_is_block_diagonal():
+    one, two = random_stencil(3, 2, 0), random_stencil(4, 1, 1)
+    joined = join([one, two])
+    assert joined.offsets == (-2, -1, 0, 1, 2)
+    assert joined.runs == (3, 4)
+    expected = np.zeros((7, 7))
+    expected[:3, :3], expected[3:, 3:] = dense(one), dense(two)
+    np.testing.assert_array_equal(dense(joined), expected)
+    updates = jnp.asarray(np.random.default_rng(2).normal(size=(7, 5)), "float32")
+    [mixed] = apply(joined, [updates], [(0,)], [range(7)])
+    np.testing.assert_allclose(mixed, expected @ updates, rtol=1e-5, atol=1e-5)
+
+
+def test_what_one_run_holds_never_reaches_another():
+    """Not even an infinity, or a NaN, times a weight of 0."""
+    updates = jnp.asarray([1.0, jnp.nan, 3.0, 4.0])
+    joined = join([ds.window(0.5)(2, 0), ds.window(0.5)(2, 0)])
+    [mixed] = apply(joined, [updates], [(0,)], [range(4)])
+    assert jnp.isnan(mixed).tolist() == [True, True, False, False]
+    apart = apply(joined, list(updates), [()] * 4, [(i,) for i in range(4)])
+    assert [bool(jnp.isnan(layer)) for layer in apart] == [True, True, False, False]
+
+
+def test_unrolled_layers_are_not_brought_together():
+    """No operation of the compiled update writes more than a layer, or needs memory of its own."""
+    updates = {f"block_{i}": jnp.ones((64, 64)) for i in range(12)}
+    tx = ds.smooth_over_depth(0.2, depth=ds.Depth.from_rules({".*": ds.numbered()}))
+    compiled = jax.jit(tx.update, donate_argnums=0).lower(updates, tx.init(updates)).compile()
+    assert "concatenate" not in compiled.as_text()
+    assert "f32[12," not in compiled.as_text()
+    stacked = jax.jit(tx.update).lower(updates, tx.init(updates)).compile().memory_analysis()
+    assert stacked.temp_size_in_bytes <= 64
+
+
+def test_a_masked_layer_counts_as_absent():
+    """Its neighbours keep the share they would have taken from it, as at an end of the stack."""
+    depth = ds.Depth.from_rules({"block_.*": ds.numbered()})
+    updates = {f"block_{i}": jnp.full(3, float(i)) for i in range(5)}
+    masked = updates | {"block_2": optax.MaskedNode()}
+    tx = ds.smooth_over_depth(0.5, depth=depth)
+    result, _ = tx.update(masked, tx.init(masked))
+    assert isinstance(result["block_2"], optax.MaskedNode)
+    assert [float(result[f"block_{i}"][0]) for i in (0, 1, 3, 4)] == [0.25, 0.75, 3.25, 3.75]
