@@ -464,7 +464,10 @@ def test_layers_beside_and_around_loops_over_other_things(fn, grad):
     used = {path: (place.axes, place.layers) for path, place in depth.items()}
     assert used.pop("layers") == ((0,), (0, 1, 2))
     assert used
-    assert all(path.startswith("inside/") and place == ((0,), tuple(range(5))) for path, place in used.items())
+    assert all(
+        path.startswith("inside/") and place == ((0,), tuple(range(5)))
+        for path, place in used.items()
+    )
 
 
 def test_experts_inside_layers():
