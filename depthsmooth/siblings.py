@@ -83,8 +83,10 @@ class Node:
 
     @property
     def is_block(self) -> bool:
-        """Whether it has the weights of a block: two matrices or more."""
-        return sum(len(leaf.shape) > 1 and not leaf.is_vector for leaf in self.leaves) > 1
+        """Whether it has what a block has: two matrices, or two modules, or more."""
+        matrices = sum(len(leaf.shape) > 1 and not leaf.is_vector for leaf in self.leaves)
+        modules = sum(child.leaves[0].path != child.path for child in self.children.values())
+        return matrices > 1 or modules > 1
 
 
 @dataclasses.dataclass(frozen=True)
