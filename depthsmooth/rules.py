@@ -218,7 +218,7 @@ def _placed(
     places: dict[str, Place] = {}
     if not rule.containers:
         whole = [_Member(path, path) for path in paths]
-        members = _numbered(pattern, paths) if rule.numbered else whole
+        members = _numbered(pattern, paths, shapes) if rule.numbered else whole
         _add(places, pattern, pattern, rule, members, shapes, masked)
     rest, start = set(paths), 0
     for container, inner in rule.containers:
@@ -297,14 +297,14 @@ def _axes_of(path: str, shape: Shape, rule: Rule, pattern: str) -> Axes:
     return axes
 
 
-def _numbered(pattern: str, paths: Sequence[str]) -> list[_Member]:
+def _numbered(pattern: str, paths: Sequence[str], shapes: Mapping[str, Shape]) -> list[_Member]:
     """The leaves with the number that tells them apart."""
     if re.compile(pattern).groups:
         matches = [(path, re.fullmatch(pattern, path)) for path in paths]
         return [
             _captured(path, found)
             if found and found[1] is not None and f"0{found[1]}".isdigit()
-            else _unnumbered(path, pattern)
+            else _unnumbered(path, pattern, shapes)
             for path, found in matches
         ]
     keys = [path.split("/") for path in paths]
@@ -314,14 +314,14 @@ def _numbered(pattern: str, paths: Sequence[str]) -> list[_Member]:
     varying = [level for level in levels if len(numbers[level]) > 1]
     constant = [level for level in levels if numbers[level] != {None}]
     if not varying and not constant:
-        return [_unnumbered(path, pattern) for path in paths]
+        return [_unnumbered(path, pattern, shapes) for path in paths]
     level = (varying or constant)[0]
     stems = {path[level][0] for path in ends if level < len(path) and path[level][1] is not None}
     members = []
     for path, split, end in zip(paths, keys, ends, strict=True):
         stem, number = end[level] if level < len(end) else ("", None)
         if number is None and stem not in stems:
-            members.append(_unnumbered(path, pattern))
+            members.append(_unnumbered(path, pattern, shapes))
         template = "/".join([*split[:level], f"{stem}*"])
         tensor = "/".join([template, *split[level + 1 :]])
         members.append(_Member(path, tensor, number or 0, template))
@@ -334,11 +334,11 @@ def _captured(path: str, match: re.Match[str]) -> _Member:
     return _Member(path, f"{before}*{path[match.end(1) :]}", int(match[1] or 0), f"{before}*")
 
 
-def _unnumbered(path: str, pattern: str) -> _Member:
+def _unnumbered(path: str, pattern: str, shapes: Mapping[str, Shape]) -> _Member:
     raise ValueError(
-        f"{path} has no number at the end of a key that would tell its layer, as the rule "
-        f"{pattern!r} says. Narrow the pattern, put the number in parentheses, or give the axis of "
-        "stacked layers."
+        f"{path} {shapes.get(path, '')} has no number at the end of a key that would tell its "
+        f"layer, as the rule {pattern!r} says. Narrow the pattern, put the number in parentheses, "
+        "or give the axis of stacked layers."
     )
 
 
@@ -354,7 +354,7 @@ def _contained(container: str, rule: Rule, paths: Sequence[str]) -> list[_Member
     names = sorted({name for name, _ in inside.values()})
     if len(names) < 2 or not rule.numbered:
         return [_Member(path, tensor) for path, (_, tensor) in inside.items()]
-    found = {member.path: member for member in _numbered(container, names)}
+    found = {member.path: member for member in _numbered(container, names, {})}
     return [
         _Member(path, tensor, found[name].number, found[name].template)
         for path, (name, tensor) in inside.items()

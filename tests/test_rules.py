@@ -1,0 +1,219 @@
+"""Rules: every layout that users can say, and an error with its remedy for all that fits none."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from depthsmooth import Depth, interleaved, numbered, sequence
+
+
+def ones(*shape):
+    return jax.ShapeDtypeStruct(shape, "float32")
+
+
+def layers(rules, params):
+    """For each leaf that the rules place its layers."""
+    return {path: place.layers for path, place in Depth.from_rules(rules).resolve(params).items()}
+
+
+BLOCKS = {f"block_{i}": {"Dense_0": ones(4, 4), "Dense_1": ones(4, 4)} for i in range(11)}
+
+
+def test_several_axes_from_outer_to_inner():
+    depth = Depth.from_rules({".*": (-1, 0)}).resolve({"w": ones(2, 4, 3)})
+    assert (depth["w"].axes, depth["w"].layers) == ((2, 0), tuple(range(6)))
+
+
+@pytest.mark.parametrize("pattern", ["block_.*", r"block_(\d+)/.*"])
+def test_numbered_by_the_first_number_that_differs_or_the_captured_one(pattern):
+    found = layers({pattern: numbered()}, BLOCKS)
+    assert found == {f"block_{i}/Dense_{j}": (i,) for i in range(11) for j in range(2)}
+
+
+def test_a_number_that_is_the_same_everywhere_is_passed_over():
+    params = {"model_2": {f"Gemma4Layer_{i}": ones(4) for i in range(3)}}
+    assert set(layers({".*": numbered()}, params).values()) == {(0,), (1,), (2,)}
+
+
+def test_another_number_by_parentheses():
+    params = {f"tower_{t}": {f"mlp_{i}": ones(4) for i in range(3)} for t in range(2)}
+    depth = Depth.from_rules({r"tower_\d/mlp_(\d+)": numbered()}).resolve(params)
+    assert depth["tower_1/mlp_2"].layer == 2
+    assert len(depth.tracks) == 2
+
+
+@pytest.mark.parametrize("pattern", ["attn.*", r"attn_?(\d*)/.*"])
+def test_haiku_names_the_first_without_a_number(pattern):
+    keys = ["attn", *(f"attn_{i}" for i in range(1, 11))]
+    params = {key: {"w": ones(4), "linear_0": ones(4)} for key in keys}
+    found = layers({pattern: numbered()}, params)
+    assert [found[f"{key}/w"] for key in keys] == [(i,) for i in range(11)]
+
+
+def test_layers_numbered_from_one():
+    params = {f"layer_{i}": ones(4) for i in range(1, 4)}
+    assert layers({".*": numbered()}, params) == {f"layer_{i}": (i - 1,) for i in range(1, 4)}
+
+
+def test_interleaved_along_several_axes():
+    params = {f"layers_{j}": ones(2, 3, 4) for j in range(2)}
+    found = layers({".*": interleaved((0, 1))}, params)
+    assert found == {"layers_0": (0, 2, 4, 6, 8, 10), "layers_1": (1, 3, 5, 7, 9, 11)}
+
+
+def test_a_tensor_of_some_places_in_the_pattern_only():
+    params = {f"layers_{j}": {"w": ones(2, 4)} for j in range(4)}
+    params["layers_3"]["router"] = ones(2, 8)
+    params["layers_2"]["router"] = ones(2, 8)
+    depth = Depth.from_rules({".*": interleaved(0)}).resolve(params)
+    assert depth["layers_3/router"].layers == (3, 7)
+    runs = {track.paths[0]: track.runs for track in depth.tracks}
+    assert runs["layers_2/router"] == (2, 2)
+
+
+def test_a_sequence_of_an_interleaved_stack_and_its_remainder():
+    stacks = {f"layers_{j}": {"w": ones(4, 2)} for j in range(6)}
+    params = {
+        "decoder": {
+            "layers": stacks,
+            "layers_remainder": {f"layers_{j}": {"w": ones(4)} for j in range(2)},
+        }
+    }
+    rule = sequence(
+        (r"decoder/layers/layers_\d", interleaved(1)), r"decoder/layers_remainder/.*_\d"
+    )
+    depth = Depth.from_rules({"decoder/layers.*": rule}).resolve(params)
+    assert depth["decoder/layers_remainder/layers_1/w"].layers == (13,)
+    [track] = depth.tracks
+    assert track.runs == (14,)
+
+
+def test_a_masked_container_keeps_those_beside_it_apart():
+    params = {"a": {"w": ones(3, 4)}, "b": {"w": ones(4)}, "c": {"w": ones(3, 4)}}
+    depth = Depth.from_rules({"[abc]/w": sequence(("a", 0), "b", ("c", 0))})
+    [track] = depth.resolve(params | {"b": optax.MaskedNode()}).tracks
+    assert track.runs == (3, 3)
+
+
+@pytest.mark.parametrize("hidden", [0, 1, 5])
+def test_masked_layers_leave_no_hole(hidden):
+    params = {f"layers_{j}": {"w": ones(2, 4)} for j in range(6)}
+    params[f"layers_{hidden}"] = optax.MaskedNode()
+    found = layers({"layers_.*": interleaved(0)}, params)
+    last = 4 if hidden == 5 else 5
+    assert found[f"layers_{last}/w"][0] == last
+    assert found["layers_3/w"] == (3, 9)
+
+
+@pytest.mark.parametrize(
+    ("rules", "params", "message"),
+    [
+        (
+            {"block_.*": numbered()},
+            {f"block_{i}": ones(4) for i in (0, 1, 3, 4)},
+            r"like block_0 \(4,\), have the numbers 0 to 4 without 2.*Correct the pattern",
+        ),
+        (
+            {"block_.*": numbered()},
+            {f"block_{i}": ones(4) for i in (2, 3)},
+            r"block_2 \(4,\).*from 2 on.*numbered from 0 or 1",
+        ),
+        (
+            {".*": numbered()},
+            {"block_0": ones(4), "block_1": ones(4), "head": ones(4)},
+            r"head \(4,\) has no number.*Narrow the pattern",
+        ),
+        (
+            {".*": numbered()},
+            {"block_0": ones(4), "block_1": ones(5)},
+            r"block_1 \(5,\) has layers of shape \(5,\), but block_0 \(4,\).*narrow its pattern",
+        ),
+        (
+            {".*": interleaved(0)},
+            {"block_0": ones(4, 2), "block_1": ones(5, 2)},
+            r"block_1 \(5, 2\) has 5 layers on interleaved\(0\), but block_0 \(4, 2\)",
+        ),
+        (
+            {".*": numbered()},
+            {"block_1": ones(4), "block_01": ones(4), "block_0": ones(4)},
+            r"block_1 \(4,\) and block_01 \(4,\) are both layer 1|block_01.*are both layer 1",
+        ),
+        ({".*": (0, -3)}, {"w": ones(4, 4, 4)}, r"w \(4, 4, 4\) has the axes \(0, -3\) twice"),
+        (
+            {".*": sequence("a", "b")},
+            {"a": {"w": ones(4)}, "c": {"w": ones(4)}},
+            r"container 'b' of the rule '\.\*' has no leaf.*a/w \(4,\)",
+        ),
+        (
+            {".*": sequence("a", "b")},
+            {"a": {"w": ones(4)}, "b": {"w": ones(4)}, "c": {"w": ones(4)}},
+            r"c/w \(4,\) is matched by the rule '\.\*', but is in none of its containers 'a', 'b'",
+        ),
+        (
+            {".*": sequence("a", ("[ab]", 0))},
+            {"a": {"w": ones(4)}, "b": {"w": ones(4)}},
+            r"a/w \(4,\) is in two containers",
+        ),
+        (
+            {".*": sequence(("a", 0), "b")},
+            {"a": {"w": ones(3, 4)}, "b": {"w": ones(5)}},
+            r"b/w \(5,\) has layers of shape \(5,\), but a/w \(3, 4\) has layers of shape \(4,\)",
+        ),
+    ],
+)
+def test_refuses_with_path_shape_and_remedy(rules, params, message):
+    with pytest.raises(ValueError, match=message):
+        Depth.from_rules(rules).resolve(params)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sequence(), r"needs the patterns of its containers"),
+        (lambda: sequence("a", 3), r"has the container 3; it takes patterns, and pairs"),
+        (lambda: sequence(("a", "0")), r"The rule 'a' has the axis '0'"),
+        (lambda: sequence("("), r"'\(' is no regular expression"),
+        (lambda: sequence(("a", sequence("b"))), r"cannot be a container of another"),
+        (lambda: interleaved("0"), r"has the axis '0'"),
+        (lambda: Depth.from_rules({"a": (0, "b")}), r"'a' has the axis \(0, 'b'\)"),
+    ],
+)
+def test_refuses_what_is_no_rule(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_json_round_trip():
+    rules = Depth.from_rules(
+        {"a/.*": (0, 1), "b_.*": numbered(), "c_.*": sequence(("c_0", interleaved(1)), "c_1")}
+    )
+    assert Depth.from_json(rules.to_json()) == rules
+    depth = Depth.from_rules({"block_.*": numbered()}).resolve(BLOCKS | {"head": ones(4)})
+    again = Depth.from_json(depth.to_json())
+    assert again == depth
+    assert hash(again) == hash(depth)
+    assert again.explain("head") == depth.explain("head")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"leaves": 3}', '{"leaves": [{}], "rules": []}', "null"]
+)
+def test_refuses_json_that_is_no_depth(text):
+    with pytest.raises(ValueError, match=r"not a Depth in JSON"):
+        Depth.from_json(text)
+
+
+def test_explains_unknown_paths_and_rules():
+    depth = Depth.from_rules({"block_.*": numbered()})
+    with pytest.raises(ValueError, match=r"no leaf 'block_0'.*depth\.resolve\(params\)"):
+        depth.explain("block_0")
+    with pytest.raises(ValueError, match=r"no leaf 'block_3/Dense'.*block_3/Dense_0 \(4, 4\)"):
+        depth.resolve(BLOCKS).explain("block_3/Dense")
+
+
+def test_a_resolved_depth_refuses_layers_of_other_shapes():
+    depth = Depth.from_rules({"block_.*": numbered()}).resolve(BLOCKS)
+    other = BLOCKS | {"block_3": {"Dense_0": jnp.ones((5, 4)), "Dense_1": jnp.ones((4, 4))}}
+    with pytest.raises(ValueError, match=r"block_3/Dense_0 \(5, 4\) has layers of shape"):
+        depth.resolve(other)
