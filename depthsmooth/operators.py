@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from depthsmooth.stencil import Stencil, exists
+from depthsmooth.stencil import Stencil
 
 Operator = Callable[[int, jax.typing.ArrayLike], Stencil]
 """``operator(layers, count)`` is the :class:`Stencil` for that many layers at step ``count``."""
@@ -55,9 +55,13 @@ def window(alpha: optax.ScalarOrSchedule) -> Operator:
     def operator(layers: int, count: jax.typing.ArrayLike) -> Stencil:
         share = _share(alpha(count) if callable(alpha) else alpha) if layers > 1 else 0.0
         numeric: types.ModuleType = np if isinstance(share, float) else jnp
-        neighbours = numeric.where(exists((-1, 1), layers), share / 2, 0.0)
-        weights = numeric.stack([neighbours[0], 1 - neighbours.sum(0), neighbours[1]])
-        return Stencil((-1, 0, 1), weights)
+        # Pieces of one value, unlike a mask, are scalars to a compiler that looks at one layer.
+        none, some = numeric.zeros(min(layers, 1)), numeric.full(max(layers - 1, 0), share / 2)
+        end = numeric.full(min(layers, 1), 1 - share / 2)
+        inner = numeric.full(max(layers - 2, 0), 1 - share)
+        rows = [[none, some], [end, inner, end] if layers > 1 else [end], [some, none]]
+        weights = [numeric.concatenate(row) for row in rows]
+        return Stencil((-1, 0, 1), np.stack(weights) if numeric is np else weights)
 
     return operator
 

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import types
 from collections.abc import Sequence
 
 import jax
@@ -13,6 +12,9 @@ import numpy as np
 
 Axes = tuple[int, ...]
 """The axes of a leaf that run over its layers, outer to inner; none for a leaf of one layer."""
+
+
+Weights = np.ndarray | jax.Array | Sequence[np.ndarray | jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,27 +29,30 @@ class Stencil:
 
     Attributes:
       offsets: which neighbours are read; static, distinct.
-      weights: shape ``(len(offsets), L)``. A NumPy array where the values are
-        known while tracing, a JAX array where they are traced.
+      weights: for each offset a row of shape ``(L,)``. NumPy arrays where the values
+        are known while tracing, JAX arrays where they are traced.
       runs: how many layers, one run after another, are mixed among themselves
         alone; all L unless said.
     """
 
     offsets: tuple[int, ...]
-    weights: np.ndarray | jax.Array
+    weights: Weights
     runs: tuple[int, ...] = ()
+
+    @property
+    def layers(self) -> int:
+        """The number of layers L."""
+        return len(self.weights[0])
 
     @property
     def is_identity(self) -> bool:
         """Whether the operator is known, while tracing, to change nothing."""
-        if not isinstance(self.weights, np.ndarray):
-            return False
-        itself = np.array([offset == 0 for offset in self.offsets])
-        return bool((self.weights == itself[:, None]).all())
+        rows = zip(self.offsets, self.weights, strict=True)
+        return all(isinstance(row, np.ndarray) and (row == (k == 0)).all() for k, row in rows)
 
     def neighbours(self, offset: int) -> list[int | None]:
         """For each layer the one at that offset, None where its run has none."""
-        ends = list(itertools.accumulate(self.runs or self.weights.shape[1:]))
+        ends = itertools.accumulate(self.runs or (self.layers,))
         return [
             layer + offset if start <= layer + offset < end else None
             for start, end in itertools.pairwise([0, *ends])
@@ -87,19 +92,19 @@ def join(stencils: Sequence[Stencil]) -> Stencil:
     if len(stencils) == 1:
         return stencils[0]
     offsets = tuple(sorted({offset for stencil in stencils for offset in stencil.offsets}))
-    known = all(isinstance(stencil.weights, np.ndarray) for stencil in stencils)
-    numeric: types.ModuleType = np if known else jnp
 
     def row(stencil: Stencil, offset: int) -> np.ndarray | jax.Array:
         if offset in stencil.offsets:
             return stencil.weights[stencil.offsets.index(offset)]
-        return np.zeros(stencil.weights.shape[1])
+        return np.zeros(stencil.layers)
 
-    rows = [
-        numeric.concatenate([row(stencil, offset) for stencil in stencils]) for offset in offsets
-    ]
-    runs = tuple(run for stencil in stencils for run in stencil.runs or stencil.weights.shape[1:])
-    return Stencil(offsets, numeric.stack(rows), runs)
+    def joined(rows: Sequence[np.ndarray | jax.Array]) -> np.ndarray | jax.Array:
+        known = all(isinstance(row, np.ndarray) for row in rows)
+        return np.concatenate(rows) if known else jnp.concatenate(rows)
+
+    rows = [joined([row(stencil, offset) for stencil in stencils]) for offset in offsets]
+    runs = tuple(run for stencil in stencils for run in stencil.runs or (stencil.layers,))
+    return Stencil(offsets, rows, runs)
 
 
 def apply(

@@ -99,7 +99,7 @@ def test_stacked_is_unrolled_is_interleaved_bit_for_bit(layout, radius, seed, dt
 
 def dense(stencil):
     """The L × L matrix of a stencil."""
-    matrix = np.zeros((stencil.weights.shape[1],) * 2)
+    matrix = np.zeros((stencil.layers,) * 2)
     for offset, weights in zip(stencil.offsets, stencil.weights, strict=True):
         for i, j in enumerate(stencil.neighbours(offset)):
             if j is not None:
