@@ -34,7 +34,7 @@ from depthsmooth.siblings import (
     Family,
     Known,
     Node,
-    are_block_parts,
+    besides_layers,
     families_of,
     is_layer_name,
     nesting_of,
@@ -47,7 +47,7 @@ class AmbiguousDepthError(ValueError):
 
     Attributes:
       readings: from the pattern of doubtful leaves to the rules that could be theirs,
-        in words; ``Depth.from_rules({pattern: rule})`` settles which.
+        in words.
     """
 
     def __init__(self, message: str, readings: Mapping[str, tuple[str, ...]]) -> None:
@@ -74,12 +74,13 @@ class _Doubt:
     grave: bool = True
 
     def __str__(self) -> str:
-        rules = [f"Depth.from_rules({{{self.pattern!r}: {rule}}})" for rule in self.readings[:2]]
-        said = f" If it is layers, say {' or '.join(rules)}; if not, leave it out." if rules else ""
-        return f"{self.leaf.path} {self.leaf.shape}: {self.why}.{said}"
+        rules = [f"{{{self.pattern!r}: {rule}}}" for rule in (*self.readings[:2], "()")]
+        *layers, none = rules
+        said = f"{' or '.join(layers)} if it is layers, and " if layers else ""
+        return f"{self.leaf.path} {self.leaf.shape}: {self.why}; the rule is {said}{none} if not."
 
 
-def find_depth(params: optax.Params, *, metadata: bool = True) -> Depth:
+def find_depth(params: optax.Params, *, metadata: bool = True, known: Depth | None = None) -> Depth:
     """Finds where depth is from a parameter tree alone, or refuses to guess.
 
     Prefer :func:`depthsmooth.trace_depth`, which is exact: names can be misread.
@@ -91,9 +92,12 @@ def find_depth(params: optax.Params, *, metadata: bool = True) -> Depth:
       metadata: whether to read the axis names that boxes carry
         (``nn.Partitioned``, ``nn.LogicallyPartitioned``, ``nnx.Param``). They are
         believed where there is one for each axis.
+      known: a Depth, like ``Depth.from_rules({pattern: rule})``, of leaves that need not
+        be found: what settles a refusal. The rule ``()`` is for those that hold no layers.
 
     Returns:
-      The Depth, with a group for each stack and for each family of numbered siblings.
+      The Depth, with a group for each stack and for each family of numbered siblings,
+      and those of ``known``.
 
     Raises:
       AmbiguousDepthError: if leaves can be read in two ways; it lists both, with the
@@ -109,12 +113,13 @@ def find_depth(params: optax.Params, *, metadata: bool = True) -> Depth:
       left alone: head (4, 2)
     """
     arrays = _leaves_with_names(params, metadata)
-    known = [Known(path, shape_of(array), names) for path, array, names in arrays]
+    leaves = [Known(path, shape_of(array), names) for path, array, names in arrays]
+    said = Depth() if known is None else known.resolve(params)
     search = _Search()
     mixable = [
         leaf
-        for leaf, (_, array, _) in zip(known, arrays, strict=True)
-        if jnp.issubdtype(array.dtype, jnp.inexact)
+        for leaf, (path, array, _) in zip(leaves, arrays, strict=True)
+        if jnp.issubdtype(array.dtype, jnp.inexact) and path not in said
     ]
     root = Node("", tuple(mixable))
     search.walk(root)
@@ -122,31 +127,31 @@ def find_depth(params: optax.Params, *, metadata: bool = True) -> Depth:
     doubts = [doubt for doubt in search.doubts if doubt.grave or not search.places]
     if doubts:
         raise AmbiguousDepthError(
-            f"Depth is not certain. {' '.join(map(str, doubts[:4]))} Or let "
+            f"Depth is not certain. {' '.join(map(str, doubts[:4]))} Say which with "
+            "find_depth(params, known=Depth.from_rules({pattern: rule})), or let "
             "trace_depth(fn, params, batch) follow the parameters through the forward pass: it is "
             "exact.",
             {doubt.pattern: doubt.readings for doubt in doubts},
         )
-    if known and not search.places:
-        shapes = {leaf.path: leaf.shape for leaf in known}
+    if leaves and not search.places and not said:
+        shapes = {leaf.path: leaf.shape for leaf in leaves}
         raise DepthNotFoundError(
             f"Nothing in the tree is certain to be layers; it has {some(named(shapes))}. Let "
             "trace_depth(fn, params, batch) follow the parameters through the forward pass, or "
             "say where depth is with Depth.from_rules({'.*/layers/.*': axis})."
         )
-    copies = collections.Counter(leaf.path for leaf in known)
+    copies = collections.Counter(leaf.path for leaf in leaves)
     for path, array, _ in arrays:
         if path in search.places:
             check_mixable(path, array, copies[path])
     alone = "it is neither numbered like a layer nor in a stack named after layers"
-    return Depth(
-        tuple(
-            Leaf(leaf.path, leaf.shape, search.places.get(leaf.path), "")
-            if leaf.path in search.places
-            else Leaf(leaf.path, leaf.shape, None, search.reasons.get(leaf.path, alone))
-            for leaf in known
-        )
-    )
+    found = [
+        Leaf(leaf.path, leaf.shape, search.places[leaf.path])
+        if leaf.path in search.places
+        else Leaf(leaf.path, leaf.shape, None, search.reasons.get(leaf.path, alone))
+        for leaf in leaves
+    ]
+    return Depth(tuple(found)) | said
 
 
 class _Search:
@@ -169,23 +174,14 @@ class _Search:
         """Places the layers below a node. Within layers nothing else is layers."""
         if self._is_stack(node):
             return
-        families = families_of(node)
-        parts = are_block_parts(families)
-        inside = set()
-        for family in families:
-            if self._is_layers(family, parts):
-                inside |= {member.key for member in family.members.values()}
-        for key, child in node.children.items():
-            if key in inside:
-                continue
-            if child.leaves[0].path != child.path:
+        for child in besides_layers(node, self._are_layers):
+            leaf = child.leaves[0]
+            if not child.is_leaf:
                 self.walk(child)
-            elif child.leaves[0].layer_axes or (
-                child.leaves[0].is_norm and len(child.leaves[0].shape) > 1
-            ):
-                self.left.append(child.leaves[0])
+            elif leaf.layer_axes or (leaf.is_norm and len(leaf.shape) > 1):
+                self.left.append(leaf)
 
-    def _is_layers(self, family: Family, parts: bool) -> bool:
+    def _are_layers(self, family: Family, parts: bool) -> bool:
         """Whether a family is layers, or may be: there is nothing more to look for in it."""
         members = list(family.members.values())
         leaves = [leaf for node in members for leaf in node.leaves]
@@ -332,7 +328,7 @@ def _named_axes(leaves: Sequence[Known], marked: Sequence[Known]) -> dict[str, A
 
 def _dealt(node: Node) -> dict[str, tuple[int, str]] | str:
     """In a stack of blocks in turn, each leaf's place in the pattern, and its tensor."""
-    while len(node.children) == 1 and node.leaves[0].path != node.path:
+    while len(node.children) == 1 and not node.is_leaf:
         [node] = node.children.values()
     families = [family for family in families_of(node) if len(family.members) > 1]
     for family in families:

@@ -182,6 +182,50 @@ class Depth(Mapping[str, Place]):
             )
         )
 
+    def __or__(self, other: Depth) -> Depth:
+        """Joins two: a leaf is where either has it.
+
+        Rules that have not met a tree yet meet the leaves of the other Depth.
+
+        Raises:
+          ValueError: if both place a leaf, or have a group of the same name.
+
+        Example:
+          >>> params = {"stem": jnp.ones((2, 4)), "block_0": jnp.ones(4), "block_1": jnp.ones(4)}
+          >>> blocks = Depth.from_rules({"block.*": rules_.numbered()}).resolve(params)
+          >>> print(blocks | Depth.from_rules({"stem": 0}))
+          group    layers  axis  leaves  parameters  found by
+          block.*       2     –       2           8  rule
+          stem          2     0       1           8  rule
+        """
+        if not isinstance(other, Depth):
+            return NotImplemented
+        if not (self and other):
+            return self or other
+        one, two = self._among(other.leaves), other._among(self.leaves)
+        groups = one._groups & two._groups
+        twice = [leaf for leaf in one.leaves if leaf.path in one and leaf.path in two]
+        if twice or groups:
+            both = str(twice[0]) if twice else f"A group named {min(groups)!r}"
+            raise ValueError(
+                f"{both} is in both of the Depths that are to be joined. Make one of them without "
+                "it, so that each leaf has one place in depth."
+            )
+        leaves = {leaf.path: leaf for leaf in two.leaves}
+        leaves |= {leaf.path: leaf for leaf in one.leaves if leaf.path not in two}
+        return Depth(tuple(leaves.values()), (*one.rules, *two.rules))
+
+    def _among(self, leaves: Sequence[Leaf]) -> Depth:
+        """The Depth, with its rules, if it has any, matched with leaves."""
+        if not (self.rules and leaves):
+            return self
+        shapes = {leaf.path: jax.ShapeDtypeStruct(leaf.shape, "float32") for leaf in leaves}  # type: ignore[no-untyped-call]
+        return self.resolve(shapes)
+
+    @property
+    def _groups(self) -> set[str]:
+        return {pattern for pattern, _ in self.rules} or set(self._sizes)
+
     def explain(self, path: str) -> str:
         """Says why a leaf is, or is not, smoothed, and with which others.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from depthsmooth.places import Shape, numbered_key
 
@@ -82,10 +82,15 @@ class Node:
         return {key: Node(start + key, tuple(leaves)) for key, leaves in below.items()}
 
     @property
+    def is_leaf(self) -> bool:
+        """Whether it is a leaf, and no container."""
+        return self.leaves[0].path == self.path
+
+    @property
     def is_block(self) -> bool:
         """Whether it has what a block has: two matrices, or two modules, or more."""
         matrices = sum(len(leaf.shape) > 1 and not leaf.is_vector for leaf in self.leaves)
-        modules = sum(child.leaves[0].path != child.path for child in self.children.values())
+        modules = sum(not child.is_leaf for child in self.children.values())
         return matrices > 1 or modules > 1
 
 
@@ -166,6 +171,25 @@ def families_of(node: Node) -> list[Family]:
                 members = {0: first} | members
         families.append(Family(node, starred, members))
     return families
+
+
+def besides_layers(node: Node, are_layers: Callable[[Family, bool], bool]) -> list[Node]:
+    """The children of a node that are no layers.
+
+    Args:
+      node: the node.
+      are_layers: tells whether a family is layers, or named so and nothing else; it is
+        also told whether the families are the parts of blocks.
+    """
+    families = families_of(node)
+    parts = are_block_parts(families)
+    layers = {
+        member.path
+        for family in families
+        if are_layers(family, parts)
+        for member in family.members.values()
+    }
+    return [child for child in node.children.values() if child.path not in layers]
 
 
 def are_block_parts(families: Sequence[Family]) -> bool:

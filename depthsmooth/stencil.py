@@ -13,7 +13,6 @@ import numpy as np
 Axes = tuple[int, ...]
 """The axes of a leaf that run over its layers, outer to inner; none for a leaf of one layer."""
 
-
 Weights = np.ndarray | jax.Array | Sequence[np.ndarray | jax.Array]
 
 
@@ -144,25 +143,40 @@ def apply(
     """
     if stencil.is_identity:
         return list(updates)
-    arrays = [_Layers(jnp.asarray(array), a) for array, a in zip(updates, axes, strict=True)]
-    wide = [_Layers(_widened(array.array), array.axes) for array in arrays]
+    neighbours = tuple(map(tuple, map(stencil.neighbours, stencil.offsets)))
+    held = tuple(map(tuple, layers))
+    mixed: list[jax.Array] = _mix(
+        list(updates), list(stencil.weights), zero, neighbours, tuple(axes), held
+    )
+    return mixed
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _mix(
+    updates: Sequence[jax.Array],
+    weights: Sequence[jax.Array],
+    zero: jax.Array,
+    neighbours: Sequence[Sequence[int | None]],
+    axes: Sequence[Axes],
+    layers: Sequence[Sequence[int]],
+) -> list[jax.Array]:
+    """Compiled by itself, so that tensors that are alike are traced and lowered once."""
+    wide = [_Layers(_widened(array), a) for array, a in zip(updates, axes, strict=True)]
     held = {layer: (j, i) for j, ours in enumerate(layers) for i, layer in enumerate(ours)}
-    neighbours = [stencil.neighbours(offset) for offset in stencil.offsets]
     results = []
-    for array, itself, ours in zip(arrays, wide, layers, strict=True):
-        # Compilers round a product that meets a sum, or do not, as they like. A sum with a 0 that
-        # they do not see through rounds it always.
-        nothing = jnp.asarray(zero).astype(itself.array.dtype)
+    for update, array, ours in zip(updates, wide, layers, strict=True):
         taps = []
-        for k, neighbour in enumerate(neighbours):
+        for row, neighbour in zip(weights, neighbours, strict=True):
             wanted = [neighbour[layer] for layer in ours]
             places = [None if layer is None else held[layer] for layer in wanted]
-            weights = itself.over_layers(_some_of(stencil.weights[k], ours))
-            taps.append(weights * _gather(wide, places, itself) + nothing)
-        mixed = functools.reduce(jnp.add, taps).astype(array.array.dtype)
+            product = array.over_layers(_some_of(row, ours)) * _gather(wide, places, array)
+            # Compilers round a product that meets a sum, or do not, as they like. A sum with a 0
+            # that they do not see through rounds it always.
+            taps.append(product + zero.astype(product.dtype))
+        mixed = functools.reduce(jnp.add, taps).astype(update.dtype)
         # Setting into the original is the public way to keep a weak type.
-        weak = jax.typeof(array.array).weak_type
-        results.append(array.array.at[...].set(mixed) if weak else mixed)
+        weak = jax.typeof(update).weak_type
+        results.append(update.at[...].set(mixed) if weak else mixed)
     return results
 
 
@@ -187,7 +201,7 @@ class _Layers:
         front = merged.reshape(*self.sizes, *merged.shape[1:])
         return jnp.moveaxis(front, range(len(self.axes)), self.axes)
 
-    def over_layers(self, values: np.ndarray | jax.Array) -> jax.Array:
+    def over_layers(self, values: jax.typing.ArrayLike) -> jax.Array:
         """One value for each layer, in a shape that multiplies the array."""
         ones = (1,) * (self.array.ndim - len(self.axes))
         return self.unmerge(jnp.asarray(values, self.array.dtype).reshape(-1, *ones))
@@ -235,7 +249,7 @@ def _widened(array: jax.Array) -> jax.Array:
     return array.astype(jnp.float32) if array.dtype.itemsize < 4 else array
 
 
-def _some_of(weights: np.ndarray | jax.Array, layers: Sequence[int]) -> np.ndarray | jax.Array:
+def _some_of(weights: jax.Array, layers: Sequence[int]) -> jax.Array:
     """The weights of some layers; by a slice, which compiles better, if evenly spaced."""
     step = layers[1] - layers[0] if len(layers) > 1 else 1
     if list(layers) == list(range(layers[0], layers[-1] + 1, step)):

@@ -37,7 +37,7 @@ from depthsmooth.axes import (
 )
 from depthsmooth.layout import Depth, DepthNotFoundError, Leaf
 from depthsmooth.places import Place, Shape, common_path, path_string, shape_of
-from depthsmooth.siblings import Family, Known, Node, are_block_parts, families_of, is_layer_name
+from depthsmooth.siblings import Family, Known, Node, besides_layers, families_of, is_layer_name
 from depthsmooth.stencil import Axes
 
 if TYPE_CHECKING:
@@ -683,7 +683,7 @@ class _Placing:
         if len(set(inner.values())) > 1 and len({stacks[leaf].loops[0] for leaf in leaves}) == 1:
             return self._nested_turns(leaves, stacks, inner)
         node = self._node(leaves)
-        while len(node.children) == 1 and node.leaves[0].path != node.path:
+        while len(node.children) == 1 and not node.is_leaf:
             [node] = node.children.values()
         for family in families_of(node):
             members = list(family.members.values())
@@ -742,14 +742,8 @@ class _Placing:
 
     def _place_siblings(self, node: Node) -> None:
         """Places the siblings below a node that are layers; within layers nothing else is."""
-        families = families_of(node)
-        parts = are_block_parts(families)
-        inside = set()
-        for family in families:
-            if self._place_family(family, parts):
-                inside |= {member.key for member in family.members.values()}
-        for key, child in node.children.items():
-            if key not in inside and child.leaves[0].path != child.path:
+        for child in besides_layers(node, self._place_family):
+            if not child.is_leaf:
                 self._place_siblings(child)
 
     def _place_family(self, family: Family, parts: bool) -> bool:

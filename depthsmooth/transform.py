@@ -104,18 +104,18 @@ def _apply(
     keyed, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_masked)
     leaves = [leaf for _, leaf in keyed]
     index = {path_string(keys): k for k, (keys, leaf) in enumerate(keyed) if not is_masked(leaf)}
-    operators: dict[int, stencil.Stencil] = {}
+    zero = jnp.minimum(count, 0)
+    stencils: dict[tuple[int, ...], stencil.Stencil] = {}
     for track in depth.tracks:
-        for run in track.runs:
-            if run not in operators:
-                operators[run] = operator(run, count)
+        if track.runs not in stencils:
+            stencils[track.runs] = stencil.join([operator(run, count) for run in track.runs])
         ours = [index[path] for path in track.paths]
         mixed = stencil.apply(
-            stencil.join([operators[run] for run in track.runs]),
+            stencils[track.runs],
             [leaves[k] for k in ours],
             [place.axes for place in track.places],
             track.layers,
-            zero=jnp.minimum(count, 0),
+            zero,
         )
         for k, leaf in zip(ours, mixed, strict=True):
             leaves[k] = leaf

@@ -185,7 +185,7 @@ def test_finds_nothing_where_nothing_is_certain(params):
 AMBIGUOUS = {
     "every size alike": (
         {"layers": {"norm": {"scale": jnp.ones((4, 4))}, "w": jnp.ones((4, 4, 4))}},
-        r"norm/scale \(4, 4\).*more than one axis.*'layers/\.\*': 0\}\) or .*'layers/\.\*': 1",
+        r"norm/scale \(4, 4\).*more than one axis.*'layers/\.\*': 0\} or \{'layers/\.\*': 1\} if",
     ),
     "two axes": ({"layers": block(2, 3)}, r"norm/scale \(2, 3, 4\).*several axes.*\(0, 1\)"),
     "no name": ({"encoder": block(6)}, r"norm/scale \(6, 4\).*not named after layers.*: 0"),
@@ -212,6 +212,23 @@ def test_refuses_to_guess(params, message):
         find_depth(params)
     assert "trace_depth(fn, params, batch)" in str(refused.value)
     assert refused.value.readings
+
+
+@pytest.mark.parametrize(("rule", "axes"), [(0, (0,)), ((), ())], ids=["layers", "no layers"])
+def test_what_is_known_settles_a_refusal(rule, axes):
+    params = {f"block_{i}": block() for i in range(3)} | {"encoder": block(6)}
+    with pytest.raises(AmbiguousDepthError, match=r"'encoder/\.\*': 0.*known=Depth.from_rules"):
+        find_depth(params)
+    known = ds.Depth.from_rules({"encoder/.*": rule})
+    depth = find_depth(params, known=known)
+    assert depth["encoder/norm/scale"].axes == axes
+    assert depth["block_2/norm/scale"].layer == 2
+    assert {leaf.path for leaf in depth.leaves} == set(depth)
+    assert set(find_depth({"encoder": block(6)}, known=known)) == {
+        "encoder/attn/kernel",
+        "encoder/mlp/kernel",
+        "encoder/norm/scale",
+    }
 
 
 def test_doubts_beside_certain_layers_do_not_stop_it():

@@ -140,6 +140,33 @@ def test_a_rule_for_a_masked_subtree_names_the_way():
         Depth.from_rules({"layers/.*": 0}).resolve(masked)
 
 
+def test_two_depths_are_joined():
+    layers, embed = Depth.from_rules({"layers/.*": 0}), Depth.from_rules({"embed": 0})
+    together = Depth.from_rules({"layers/.*": 0, "embed": 0})
+    assert layers | embed == together
+    assert layers.resolve(PARAMS) | embed == together.resolve(PARAMS)
+    assert layers | embed.resolve(PARAMS) == together.resolve(PARAMS)
+    assert layers.resolve(PARAMS) | embed.resolve(PARAMS) == together.resolve(PARAMS)
+    assert layers | Depth.from_rules({}) == Depth() | layers == layers
+    with pytest.raises(TypeError):
+        layers | {"embed": 0}
+
+
+def test_joined_depths_place_no_leaf_twice():
+    layers, bias = Depth.from_rules({"layers/.*": 0}), Depth.from_rules({"layers/bias": 1})
+    with pytest.raises(ValueError, match=r"layers/bias \(6, 4\) is in both .* one place"):
+        layers.resolve(PARAMS) | bias
+    with pytest.raises(ValueError, match=r"A group named 'layers/\.\*' is in both"):
+        layers | layers
+
+
+def test_joined_depths_keep_their_groups_apart():
+    encoder = Depth.from_rules({".*": 0}).resolve({"encoder": jnp.ones((6, 4))})
+    decoder = Depth.from_rules({".*": 0}).resolve({"decoder": jnp.ones((6, 4))})
+    with pytest.raises(ValueError, match=r"A group named '\.\*' is in both"):
+        encoder | decoder
+
+
 def test_truth():
     assert Depth.from_rules({"layers/.*": 0})
     assert Depth.from_rules({"layers/.*": 0}).resolve(PARAMS)
