@@ -21,11 +21,22 @@ class Factor(NamedTuple):
       axis: the axis.
       stride: how far one step goes along it; negative if backwards.
       size: the number of steps.
+      start: how far from the beginning of the axis the part lies that it runs along.
     """
 
     axis: int
     stride: int
     size: int
+    start: int = 0
+
+
+class Span(NamedTuple):
+    """A part of an axis, from ``start`` to before ``stop``, run along in one direction."""
+
+    axis: int
+    start: int
+    stop: int
+    backwards: bool = False
 
 
 Dimension = tuple[Factor, ...]
@@ -45,33 +56,29 @@ def backwards(dimension: Dimension) -> Dimension:
     return tuple(factor._replace(stride=-factor.stride) for factor in dimension)
 
 
-def whole_axes(factors: Sequence[Factor], shape: Shape) -> list[tuple[int, bool]] | None:
-    """The axes that factors run along from end to end, outer to inner, and which backwards.
-
-    Args:
-      factors: outer to inner.
-      shape: the shape of the array that has the axes.
+def spans_of(factors: Sequence[Factor]) -> list[Span] | None:
+    """What factors run along step by step, outer to inner.
 
     Returns:
-      The axes, each with whether it is run along backwards; None if the factors of an
-      axis are not together or not in order.
+      One span of each axis; None if the factors of an axis are not together, not in
+      order, or leave steps out.
 
     Example:
-      >>> whole_axes([Factor(0, 4, 3), Factor(0, 1, 4), Factor(2, -1, 5)], (12, 7, 5))
-      [(0, False), (2, True)]
+      >>> spans_of([Factor(1, -4, 3), Factor(1, -1, 4)])
+      [Span(axis=1, start=0, stop=12, backwards=True)]
     """
     merged: list[Factor] = []
     for factor in factors:
         last = merged[-1] if merged else None
         if last and last.axis == factor.axis and last.stride == factor.stride * factor.size:
-            merged[-1] = Factor(factor.axis, factor.stride, last.size * factor.size)
+            whole = last.size * factor.size
+            merged[-1] = Factor(factor.axis, factor.stride, whole, last.start + factor.start)
         else:
             merged.append(factor)
-    axes = [factor.axis for factor in merged]
-    ordered = all(abs(f.stride) == 1 and f.size == shape[f.axis] for f in merged)
-    if len(set(axes)) < len(axes) or not ordered:
+    axes = {factor.axis for factor in merged}
+    if len(axes) < len(merged) or any(abs(factor.stride) != 1 for factor in merged):
         return None
-    return [(factor.axis, factor.stride < 0) for factor in merged]
+    return [Span(f.axis, f.start, f.start + f.size, f.stride < 0) for f in merged]
 
 
 Rule = Callable[[Dimensions, Shape, Shape, Mapping[str, Any], int], Dimensions]
@@ -145,8 +152,8 @@ def _reshape(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int
                 size //= first.size
             elif first.size % size == 0:
                 inner = first.size // size
-                taken.append(Factor(first.axis, first.stride * inner, size))
-                factors.insert(0, first._replace(size=inner) if certain else inner)
+                taken.append(Factor(first.axis, first.stride * inner, size, first.start))
+                factors.insert(0, first._replace(size=inner, start=0) if certain else inner)
                 size = 1
             else:
                 return _lost(axes, before, result, params, k)
@@ -161,15 +168,21 @@ def _squeeze(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int
 
 def _slice(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int) -> Dimensions:
     strides = params["strides"] or (1,) * len(before)
-    return tuple(
-        part_of(axis, size, to) if stride == 1 else UNKNOWN
-        for axis, size, to, stride in zip(axes, before, result, strides, strict=True)
-    )
+    cuts = zip(axes, params["start_indices"], params["limit_indices"], strides, strict=True)
+    return tuple(part_of(axis, start, stop, stride) for axis, start, stop, stride in cuts)
 
 
-def part_of(dimension: Dimension, size: int, to: int) -> Dimension:
-    """What is left of a dimension of which a part is cut out: it runs along a part of its axis."""
-    return dimension if size == to or len(dimension) == 1 else UNKNOWN
+def part_of(dimension: Dimension, start: int, stop: int, stride: int = 1) -> Dimension:
+    """What is left of a dimension that is cut from ``start`` to before ``stop``."""
+    size = math.prod(factor.size for factor in dimension)
+    if (start, stop, stride) == (0, size, 1):
+        return dimension
+    if len(dimension) != 1 or stride != 1:
+        return UNKNOWN
+    [factor] = dimension
+    skipped = start if factor.stride > 0 else size - stop
+    begin = factor.start + skipped * abs(factor.stride)
+    return (factor._replace(size=stop - start, start=begin),)
 
 
 def _reverse(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int) -> Dimensions:
@@ -178,7 +191,8 @@ def _reverse(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int
 
 
 def _concatenate(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int) -> Dimensions:
-    return axes
+    at = params["dimension"]
+    return (*axes[:at], UNKNOWN, *axes[at + 1 :])
 
 
 def _stack(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int) -> Dimensions:

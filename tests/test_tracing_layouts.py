@@ -63,6 +63,10 @@ def split(p, x):
     return x
 
 
+def again(stack):
+    return lambda x, j: (layer(x, stack[j]), None)
+
+
 UP, DOWN = tuple(range(6)), tuple(range(5, -1, -1))
 
 STACKS = {
@@ -100,6 +104,37 @@ STACKS = {
         lambda p, x: scan(scan(x, p["w"][:3]), p["w"][3:]),
         UP,
     ),
+    "two scans of halves from the end": (
+        lambda p, x: scan(scan(x, p["w"][3:], reverse=True), p["w"][:3], reverse=True),
+        DOWN,
+    ),
+    "two scans of parts of the flipped stack": (
+        lambda p, x: scan(scan(x, p["w"][::-1][:2]), p["w"][::-1][2:]),
+        DOWN,
+    ),
+    "the first by itself": (lambda p, x: scan(layer(x, p["w"][0]), p["w"][1:]), UP),
+    "the last by itself": (lambda p, x: layer(scan(x, p["w"][:5]), p["w"][5]), UP),
+    "from the last by itself": (
+        lambda p, x: scan(layer(x, p["w"][5]), p["w"][:5], reverse=True),
+        DOWN,
+    ),
+    "rounds of a part": (
+        lambda p, x: jax.lax.scan(
+            lambda x, pair: (scan(x, pair), None),
+            layer(layer(x, p["w"][0]), p["w"][1]),
+            p["w"][2:].reshape(2, 2, 4, 4),
+        )[0],
+        UP,
+    ),
+    "each layer again and again": (
+        lambda p, x: jax.lax.fori_loop(
+            0,
+            6,
+            lambda i, x: jax.lax.scan(again(p["w"]), x, jnp.full(6, i))[0],
+            x,
+        ),
+        UP,
+    ),
     "split into rounds of two": (
         lambda p, x: jax.lax.scan(
             lambda x, pair: (scan(x, pair), None), x, p["w"].reshape(3, 2, 4, 4)
@@ -123,6 +158,35 @@ def test_a_stack(name, grad):
     fn, layers = STACKS[name]
     depth = traced(fn, {"w": float32(6, 4, 4), "other": W}, grad)
     assert held(depth) == {"w": ((0,), layers)}
+
+
+OUT_OF_ORDER = {
+    "halves that are swapped": lambda p, x: scan(scan(x, p["w"][3:]), p["w"][:3]),
+    "halves, each from its end": (
+        lambda p, x: scan(scan(x, p["w"][:3], reverse=True), p["w"][3:], reverse=True)
+    ),
+    "halves that overlap": lambda p, x: scan(scan(x, p["w"][:4]), p["w"][2:]),
+    "the even ones, then the odd ones": lambda p, x: scan(scan(x, p["w"][::2]), p["w"][1::2]),
+    "a stack that is rolled": lambda p, x: scan(x, jnp.roll(p["w"], 2, axis=0)),
+    "a sum with the flipped stack": lambda p, x: scan(x, p["w"] + p["w"][::-1]),
+    "differences": lambda p, x: scan(x, p["w"][1:] - p["w"][:-1]),
+    "the last by itself first": lambda p, x: scan(layer(x, p["w"][5]), p["w"][:5]),
+    "the first by itself last": lambda p, x: layer(scan(x, p["w"][1:]), p["w"][0]),
+    "a counter from the middle": (
+        lambda p, x: scan(
+            jax.lax.fori_loop(0, 3, lambda i, x: layer(x, p["w"][i + 3]), x), p["w"][:3]
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_ORDER)
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "grad"])
+def test_layers_whose_order_is_not_that_of_the_stack_are_left_alone(name, grad):
+    params = {"w": float32(6, 4, 4), "v": float32(3, 4, 4)}
+    depth = traced(lambda p, x: scan(OUT_OF_ORDER[name](p, x), p["v"]), params, grad)
+    assert held(depth) == {"v": ((0,), (0, 1, 2))}
+    assert "is left alone" in depth.explain("w")
 
 
 def test_while_loops_with_a_counter():
