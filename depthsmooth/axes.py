@@ -21,13 +21,11 @@ class Factor(NamedTuple):
       axis: the axis.
       stride: how far one step goes along it; negative if backwards.
       size: the number of steps.
-      start: how far from the beginning of the axis the part lies that it runs along.
     """
 
     axis: int
     stride: int
     size: int
-    start: int = 0
 
 
 class Span(NamedTuple):
@@ -42,6 +40,8 @@ class Span(NamedTuple):
 Dimension = tuple[Factor, ...]
 """What a dimension runs along, outer to inner; nothing where that is not certain."""
 Dimensions = tuple[Dimension, ...]
+Origin = tuple[int, ...]
+"""How far from the beginning of each axis the part lies that dimensions run along."""
 
 UNKNOWN: Dimension = ()
 
@@ -56,29 +56,64 @@ def backwards(dimension: Dimension) -> Dimension:
     return tuple(factor._replace(stride=-factor.stride) for factor in dimension)
 
 
-def spans_of(factors: Sequence[Factor]) -> list[Span] | None:
-    """What factors run along step by step, outer to inner.
+def spans_of(factors: Sequence[Factor], origin: Origin) -> list[Span] | None:
+    """What factors run along step by step.
+
+    Args:
+      factors: outer to inner.
+      origin: where on each axis they begin.
 
     Returns:
       One span of each axis; None if the factors of an axis are not together, not in
       order, or leave steps out.
 
     Example:
-      >>> spans_of([Factor(1, -4, 3), Factor(1, -1, 4)])
-      [Span(axis=1, start=0, stop=12, backwards=True)]
+      >>> spans_of([Factor(1, -4, 3), Factor(1, -1, 4)], origin=(0, 2))
+      [Span(axis=1, start=2, stop=14, backwards=True)]
     """
     merged: list[Factor] = []
     for factor in factors:
         last = merged[-1] if merged else None
         if last and last.axis == factor.axis and last.stride == factor.stride * factor.size:
-            whole = last.size * factor.size
-            merged[-1] = Factor(factor.axis, factor.stride, whole, last.start + factor.start)
+            merged[-1] = factor._replace(size=last.size * factor.size)
         else:
             merged.append(factor)
     axes = {factor.axis for factor in merged}
     if len(axes) < len(merged) or any(abs(factor.stride) != 1 for factor in merged):
         return None
-    return [Span(f.axis, f.start, f.start + f.size, f.stride < 0) for f in merged]
+    starts = [origin[factor.axis] for factor in merged]
+    return [
+        Span(factor.axis, start, start + factor.size, factor.stride < 0)
+        for factor, start in zip(merged, starts, strict=True)
+    ]
+
+
+def cut(
+    axes: Dimensions,
+    origin: Origin,
+    before: Shape,
+    starts: Sequence[int],
+    stops: Sequence[int],
+    strides: Sequence[int],
+) -> tuple[Dimensions, Origin]:
+    """What the dimensions of a slice run along, and where on each axis it begins.
+
+    Example:
+      >>> cut(own((6, 4)), (0, 0), (6, 4), starts=(2, 0), stops=(5, 4), strides=(1, 1))
+      (((Factor(axis=0, stride=1, size=3),), (Factor(axis=1, stride=1, size=4),)), (2, 0))
+    """
+    dimensions, begins = list(axes), list(origin)
+    for at, dimension in enumerate(axes):
+        start, stop = starts[at], stops[at]
+        if (start, stop, strides[at]) == (0, before[at], 1):
+            continue
+        dimensions[at] = UNKNOWN
+        if len(dimension) == 1 and strides[at] == 1:
+            [factor] = dimension
+            dimensions[at] = (factor._replace(size=stop - start),)
+            skipped = start if factor.stride > 0 else before[at] - stop
+            begins[factor.axis] += skipped * abs(factor.stride)
+    return tuple(dimensions), tuple(begins)
 
 
 Rule = Callable[[Dimensions, Shape, Shape, Mapping[str, Any], int], Dimensions]
@@ -152,8 +187,8 @@ def _reshape(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int
                 size //= first.size
             elif first.size % size == 0:
                 inner = first.size // size
-                taken.append(Factor(first.axis, first.stride * inner, size, first.start))
-                factors.insert(0, first._replace(size=inner, start=0) if certain else inner)
+                taken.append(Factor(first.axis, first.stride * inner, size))
+                factors.insert(0, first._replace(size=inner) if certain else inner)
                 size = 1
             else:
                 return _lost(axes, before, result, params, k)
@@ -164,25 +199,6 @@ def _reshape(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int
 def _squeeze(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int) -> Dimensions:
     gone = {dimension % len(before) for dimension in params["dimensions"]}
     return tuple(axis for at, axis in enumerate(axes) if at not in gone)
-
-
-def _slice(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int) -> Dimensions:
-    strides = params["strides"] or (1,) * len(before)
-    cuts = zip(axes, params["start_indices"], params["limit_indices"], strides, strict=True)
-    return tuple(part_of(axis, start, stop, stride) for axis, start, stop, stride in cuts)
-
-
-def part_of(dimension: Dimension, start: int, stop: int, stride: int = 1) -> Dimension:
-    """What is left of a dimension that is cut from ``start`` to before ``stop``."""
-    size = math.prod(factor.size for factor in dimension)
-    if (start, stop, stride) == (0, size, 1):
-        return dimension
-    if len(dimension) != 1 or stride != 1:
-        return UNKNOWN
-    [factor] = dimension
-    skipped = start if factor.stride > 0 else size - stop
-    begin = factor.start + skipped * abs(factor.stride)
-    return (factor._replace(size=stop - start, start=begin),)
 
 
 def _reverse(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int) -> Dimensions:
@@ -238,7 +254,6 @@ _RULES: dict[str, Rule] = {
     "pad": _pad,
     "reshape": _reshape,
     "rev": _reverse,
-    "slice": _slice,
     "squeeze": _squeeze,
     "stack": _stack,
     "transpose": _transpose,

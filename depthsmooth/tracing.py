@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import optax
 
-from depthsmooth.axes import Span, spans_of
+from depthsmooth.axes import Origin, Span, spans_of
 from depthsmooth.layout import Depth, DepthNotFoundError, Leaf
 from depthsmooth.places import Place, Shape, common_path, path_string, shape_of
 from depthsmooth.siblings import Family, Known, Node, besides_layers, families_of, is_layer_name
@@ -199,16 +199,16 @@ class _Placing:
                     held = tuple(map(int, layers))
                     self.places[leaf] = Place(group, tensor, axes, held, "trace")
 
-    def _stack(self, leaf: int, chains: Iterable[Taken]) -> _Stack | None:
+    def _stack(self, leaf: int, chains: Iterable[tuple[Taken, Origin]]) -> _Stack | None:
         """What loops over layers make of a leaf, from the slices they take of slices."""
         found: list[_Chain] = []
-        for chain in chains:
+        for chain, origin in chains:
             taken = [(loop, along) for loop, along in chain if loop in self._walk.layer_loops]
             if taken:
                 known = all(along for _, along in taken)
                 factors = [factor for _, along in taken for factor in along]
                 found.append(
-                    (tuple(loop for loop, _ in taken), spans_of(factors) if known else None)
+                    (tuple(loop for loop, _ in taken), spans_of(factors, origin) if known else None)
                 )
         if not found:
             self.reasons[leaf] = "the loops that take slices of it do not compose them"
@@ -237,7 +237,7 @@ class _Placing:
         self, leaf: int, spans: Sequence[Span], found: Sequence[_Chain]
     ) -> bool:
         """Whether a layer beside the loops, like ``w[0]`` with ``w[1:]``, is on the wrong side."""
-        [along, *inner] = spans
+        along = spans[0]
         parts = [span for _, others in found for span in others or () if span.axis == along.axis]
         start, stop = min(span.start for span in parts), max(span.stop for span in parts)
         beside: list[tuple[int, int]] = []
@@ -246,12 +246,10 @@ class _Placing:
             indices = [index for axis, index in piece[1] if axis == along.axis]
             beside += [(index, self._order[piece]) for index in indices]
             in_loops += [] if indices else [self._order[piece]]
-        if inner or not in_loops:
-            return False
         return any(
             (when < min(in_loops)) != ((index < start) != along.backwards)
             for index, when in beside
-            if not start <= index < stop
+            if in_loops and not start <= index < stop
         )
 
     def _turns(self, leaves: Sequence[int], stacks: Mapping[int, _Stack]) -> dict[int, _Turn]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from depthsmooth.axes import UNKNOWN, Dimension, Dimensions, backwards, follow, own, part_of
+from depthsmooth.axes import UNKNOWN, Dimension, Dimensions, Origin, backwards, cut, follow, own
 from depthsmooth.places import Shape
 
 if TYPE_CHECKING:
@@ -44,12 +44,14 @@ class _Part:
     Attributes:
       leaf: index of the parameter.
       axes: for each dimension of the value what it runs along.
+      origin: where on each axis of the parameter that begins.
       taken: the loops that took a slice of the parameter, and along what.
       indices: the places along an axis that were taken by themselves, like ``w[3]``.
     """
 
     leaf: int
     axes: Dimensions
+    origin: Origin
     taken: Taken = ()
     indices: tuple[tuple[int, int], ...] = ()
 
@@ -76,8 +78,7 @@ class _Count(NamedTuple):
     """The number of the iteration, up to a constant.
 
     Attributes:
-      loop: the loop; empty for an array that counts along its first dimension, and has
-        no other but of size 1.
+      loop: the loop; empty for an array that counts along its only dimension.
       step: 1 if it counts up, -1 if down.
     """
 
@@ -109,8 +110,8 @@ class Walk:
     twice has two loops, and a body walked twice has one.
 
     Attributes:
-      taken: for each leaf, the loops that take slices of it, outer to inner, and along
-        what: in the order in which they are met.
+      taken: for each leaf, the loops that take slices of it, outer to inner, along what,
+        and where that begins: in the order in which they are met.
       layer_loops: the loops that compose what they do with parameter slices.
       first_met: for each piece of a parameter (the parameter, and what was taken of it by
         itself) the pieces that were behind the data it met first; in that order.
@@ -118,7 +119,7 @@ class Walk:
     """
 
     def __init__(self) -> None:
-        self.taken: dict[int, dict[Taken, None]] = {}
+        self.taken: dict[int, dict[tuple[Taken, Origin], None]] = {}
         self.layer_loops: set[Loop] = set()
         self.first_met: dict[Piece, int] = {}
         self.bits: dict[Piece, int] = {}
@@ -130,8 +131,12 @@ class Walk:
         values = [data] * len(jaxpr.invars)
         for leaf, variable in enumerate(jaxpr.invars[:parameters]):
             # Integers can't be mixed, so they are as good as constants.
-            parts = {_Part(leaf, own(_shape(variable)))} if _is_inexact(variable) else ()
-            values[leaf] = _Value(parts=frozenset(parts))
+            if _is_inexact(variable):
+                shape = _shape(variable)
+                part = _Part(leaf, own(shape), (0,) * len(shape))
+                values[leaf] = _Value(parts=frozenset({part}))
+            else:
+                values[leaf] = _Value()
         self._jaxpr(jaxpr, values)
 
     def _jaxpr(self, jaxpr: core.Jaxpr, values: Sequence[_Value]) -> list[_Value]:
@@ -217,7 +222,10 @@ class Walk:
         )
         if any(_Source(loop, k, True) in value.sources for k, value in enumerate(carry)):
             self.layer_loops.add(loop)
-        stacked = [_stack(value, loop, step) for value in results[carries:]]
+        stacked = [
+            _stack(value, loop, step, _shape(variable))
+            for value, variable in zip(results[carries:], body.outvars[carries:], strict=True)
+        ]
         return [_outside(value, loop) for value in carry + stacked]
 
     def _while(self, equation: core.JaxprEqn, values: list[_Value]) -> list[_Value]:
@@ -278,7 +286,7 @@ class Walk:
         along = backwards(dimension) if step < 0 else dimension
         taken = (*part.taken, (loop, along))
         if along:
-            self.taken.setdefault(part.leaf, {}).setdefault(taken)
+            self.taken.setdefault(part.leaf, {}).setdefault((taken, part.origin))
         return dataclasses.replace(part, axes=axes, taken=taken)
 
     def _take(self, equation: core.JaxprEqn, values: Sequence[_Value]) -> _Value:
@@ -314,7 +322,7 @@ class Walk:
         return _Value(frozenset(parts), met=operand.met)
 
 
-def _stack(value: _Value, loop: Loop, step: int) -> _Value:
+def _stack(value: _Value, loop: Loop, step: int, shape: Shape) -> _Value:
     """What leaves a scan stacked: a slice taken by the loop gets its axis back."""
     parts = set()
     for part in value.parts:
@@ -324,8 +332,8 @@ def _stack(value: _Value, loop: Loop, step: int) -> _Value:
         axis = backwards(axis) if step < 0 else axis
         parts.add(dataclasses.replace(part, axes=(axis, *part.axes), taken=taken))
     count = value.count
-    if count and count.loop == loop:
-        count = _Count((), step * count.step)
+    if count and count.loop in ((), loop):
+        count = None if shape else _Count((), step * count.step)
     return dataclasses.replace(value, parts=frozenset(parts), count=count)
 
 
@@ -374,18 +382,15 @@ def _step(slot: core.Var, equation: core.JaxprEqn) -> int:
 
 def _counted(equation: core.JaxprEqn, values: Sequence[_Value]) -> _Count | None:
     """The loop that the result of a primitive counts: an index derived from the counter."""
-    name = equation.primitive.name
-    first, *others = (*_shape(equation.outvars[0]), 1)
+    name, shape = equation.primitive.name, _shape(equation.outvars[0])
     if name == "iota":
-        along = equation.params["dimension"] == 0
-        return _Count((), 1) if along and first > 1 == math.prod(others) else None
+        return _Count((), 1) if len(shape) == 1 else None
     counts = [value.count for value in values]
     found = {count for count in counts if count}
     if len(found) != 1:
         return None
     [count] = found
-    before = {_shape(equation.invars[k])[:1] for k, count in enumerate(counts) if count}
-    if not count.loop and (math.prod(others) > 1 or before != {(first,)}):
+    if not count.loop and shape != _shape(equation.invars[counts.index(count)]):
         return None
     if name == "rev" or name == "neg" or (name == "sub" and counts[0] is None):
         return count._replace(step=-count.step)
@@ -406,37 +411,45 @@ def _moved(equation: core.JaxprEqn, values: Sequence[_Value]) -> list[_Value]:
             for part in value.parts:
                 before, result = _shape(atom), _shape(variable)
                 axes = follow(name, part.axes, before, result, params, k)
-                indices = part.indices
+                moved = dataclasses.replace(part, axes=axes)
                 if name == "slice":
-                    indices += _indices(part.axes, before, result, params["start_indices"])
+                    strides = params["strides"] or (1,) * len(before)
+                    ends = params["start_indices"], params["limit_indices"]
+                    moved = _cut(part, before, *ends, strides)
                 elif name in ("split", "unstack"):
                     at = params["axis"] % len(before)
                     sizes = params["sizes"] if name == "split" else (1,) * before[at]
-                    starts = [0] * len(before)
-                    starts[at] = sum(sizes[:output])
-                    cut = (*before[:at], sizes[output], *before[at + 1 :])
-                    indices += _indices(part.axes, before, cut, starts)
-                    axis = part_of(part.axes[at], starts[at], starts[at] + sizes[output])
-                    middle = (axis,) if name == "split" else ()
-                    axes = (*part.axes[:at], *middle, *part.axes[at + 1 :])
-                parts.add(dataclasses.replace(part, axes=axes, indices=indices))
+                    starts, stops = [0] * len(before), list(before)
+                    starts[at], stops[at] = sum(sizes[:output]), sum(sizes[: output + 1])
+                    moved = _cut(part, before, starts, stops, (1,) * len(before))
+                    if name == "unstack":
+                        axes = (*moved.axes[:at], *moved.axes[at + 1 :])
+                        moved = dataclasses.replace(moved, axes=axes)
+                parts.add(moved)
         results.append(_Value(frozenset(parts), met=_met(values)))
     return results
 
 
+def _cut(
+    part: _Part, before: Shape, starts: Sequence[int], stops: Sequence[int], strides: Sequence[int]
+) -> _Part:
+    """A slice of a part. Where one place along an axis is left, that is taken by itself."""
+    axes, origin = cut(part.axes, part.origin, before, starts, stops, strides)
+    sizes, left = (dict.fromkeys(range(len(origin)), 1) for _ in range(2))
+    for size, dimensions in ((sizes, part.axes), (left, axes)):
+        for factor in itertools.chain(*dimensions):
+            size[factor.axis] *= factor.size
+    lost = {f.axis for old, new in zip(part.axes, axes, strict=True) if not new for f in old}
+    indices = tuple(
+        (axis, origin[axis])
+        for axis in range(len(origin))
+        if left[axis] == 1 < sizes[axis] and axis not in lost
+    )
+    return dataclasses.replace(part, axes=axes, origin=origin, indices=part.indices + indices)
+
+
 def _met(values: Sequence[_Value]) -> int:
     return functools.reduce(operator.or_, (value.met for value in values), 0)
-
-
-def _indices(
-    axes: Dimensions, before: Shape, cut: Shape, starts: Sequence[int]
-) -> tuple[tuple[int, int], ...]:
-    """The places along axes that a slice takes by themselves."""
-    return tuple(
-        (axis[0].axis, part_of(axis, start, start + 1)[0].start)
-        for axis, size, to, start in zip(axes, before, cut, starts, strict=True)
-        if to == 1 < size and len(axis) == 1
-    )
 
 
 def _scan_split(equation: core.JaxprEqn, body: core.Jaxpr) -> tuple[int, int]:

@@ -172,12 +172,55 @@ OUT_OF_ORDER = {
     "differences": lambda p, x: scan(x, p["w"][1:] - p["w"][:-1]),
     "the last by itself first": lambda p, x: scan(layer(x, p["w"][5]), p["w"][:5]),
     "the first by itself last": lambda p, x: layer(scan(x, p["w"][1:]), p["w"][0]),
+    "blocks of it in another order": (
+        lambda p, x: scan(scan(x, p["w"].reshape(3, 2, 4, 4)[2]), p["w"].reshape(3, 2, 4, 4)[0])
+    ),
     "a counter from the middle": (
         lambda p, x: scan(
             jax.lax.fori_loop(0, 3, lambda i, x: layer(x, p["w"][i + 3]), x), p["w"][:3]
         )
     ),
 }
+
+
+def halves_of_merged_axes(p, x):
+    merged = p["w"].reshape(6, 4, 4)
+    return scan(scan(x, merged[2:]), merged[:2])
+
+
+def rounds_in_another_order(p, x):
+    rolled = jnp.roll(p["w"], 1, axis=0)
+    return jax.lax.scan(lambda x, inner: (scan(x, inner), None), x, rolled)[0]
+
+
+@pytest.mark.parametrize("forward", [halves_of_merged_axes, rounds_in_another_order])
+def test_two_axes_whose_order_is_not_certain_are_left_alone(forward):
+    with pytest.raises(DepthNotFoundError):
+        trace_depth(forward, {"w": float32(2, 3, 4, 4)}, X)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        lambda: jnp.broadcast_to(jnp.arange(6), (2, 6)),
+        lambda: jax.lax.broadcasted_iota("int32", (2, 6), 1),
+        lambda: jax.lax.map(lambda i: jnp.arange(6), jnp.arange(2)),
+    ],
+)
+def test_the_number_of_an_iteration_is_not_that_of_another_loop(rows):
+    """The rows are taken from the last to the first, the layers by each row from the first on."""
+
+    def forward(p, x):
+        def row(x, numbers):
+            return jax.lax.scan(again(p["w"]), x, numbers)[0], None
+
+        return jax.lax.scan(row, x, rows(), reverse=True)[0]
+
+    try:
+        depth = trace_depth(forward, {"w": float32(6, 4, 4)}, X)
+    except DepthNotFoundError:
+        return
+    assert held(depth) == {"w": ((0,), UP)}
 
 
 @pytest.mark.parametrize("name", OUT_OF_ORDER)
