@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-Shape = tuple[int, ...]
+from depthsmooth.places import Shape
 
 
 class Factor(NamedTuple):

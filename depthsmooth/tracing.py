@@ -18,11 +18,12 @@ import numpy as np
 import optax
 
 from depthsmooth.axes import Origin, Span, spans_of
+from depthsmooth.counters import Loop
 from depthsmooth.layout import Depth, DepthNotFoundError, Leaf
 from depthsmooth.places import Place, Shape, common_path, path_string, shape_of
 from depthsmooth.siblings import Family, Known, Node, besides_layers, families_of, is_layer_name
 from depthsmooth.stencil import Axes
-from depthsmooth.walk import Loop, Piece, Taken, Walk
+from depthsmooth.walk import Piece, Taken, Walk
 
 if TYPE_CHECKING:
     from jax.extend import core  # its import takes 50 ms

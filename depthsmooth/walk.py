@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from depthsmooth import counters
 from depthsmooth.axes import UNKNOWN, Dimension, Dimensions, Origin, backwards, cut, follow, own
+from depthsmooth.counters import Loop, Number
 from depthsmooth.places import Shape
 
 if TYPE_CHECKING:
     from jax.extend import core  # its import takes 50 ms
 
-Loop = tuple[int, ...]
-"""A loop, named by the equations that lead to it."""
 Taken = tuple[tuple[Loop, Dimension], ...]
 """The loops that took a slice of a parameter, outer to inner, and along what."""
 Piece = tuple[int, tuple[tuple[int, int], ...]]
@@ -74,18 +74,6 @@ _DATA = _Source((), 0)
 """What comes from neither parameters nor a loop that is still running."""
 
 
-class _Count(NamedTuple):
-    """The number of the iteration, up to a constant.
-
-    Attributes:
-      loop: the loop; empty for an array that counts along its only dimension.
-      step: 1 if it counts up, -1 if down.
-    """
-
-    loop: Loop
-    step: int
-
-
 @dataclasses.dataclass(frozen=True)
 class _Value:
     """What an intermediate value is made of.
@@ -94,13 +82,13 @@ class _Value:
       parts: its parameters, if it is made of nothing but parameters and constants.
       sources: what else it depends on.
       met: the pieces of parameters that data has met on its way here, as bits.
-      count: the loop that it counts, if it is a counter.
+      number: which integers it is, if that is known.
     """
 
     parts: frozenset[_Part] = frozenset()
     sources: frozenset[_Source] = frozenset()
     met: int = 0
-    count: _Count | None = None
+    number: Number | None = None
 
 
 class Walk:
@@ -183,7 +171,7 @@ class Walk:
             return [self._take(equation, values)]
         if joined.parts:
             return _moved(equation, values)
-        return [_Value(met=joined.met, count=_counted(equation, values))] * len(equation.outvars)
+        return [_Value(met=joined.met, number=_number(equation, values))] * len(equation.outvars)
 
     def _join(self, values: Sequence[_Value]) -> _Value:
         """A value that depends on several; if on data, what it has met is noted."""
@@ -215,10 +203,10 @@ class Walk:
         body = equation.params["jaxpr"].jaxpr
         consts, carries = _scan_split(equation, body)
         loop = self._callers
-        step = -1 if equation.params["reverse"] else 1
+        step, length = (-1 if equation.params["reverse"] else 1), equation.params["length"]
         sliced = [self._slice(value, loop, step) for value in values[consts + carries :]]
         carry, results = self._settle(
-            body, values[:consts], values[consts : consts + carries], sliced, loop
+            body, values[:consts], values[consts : consts + carries], sliced, loop, length
         )
         if any(_Source(loop, k, True) in value.sources for k, value in enumerate(carry)):
             self.layer_loops.add(loop)
@@ -233,7 +221,7 @@ class Walk:
         loop = self._callers
         ours = values[equation.params["cond_nconsts"] :]
         consts = equation.params["body_nconsts"]
-        carry, _ = self._settle(body, ours[:consts], ours[consts:], [], loop)
+        carry, _ = self._settle(body, ours[:consts], ours[consts:], [], loop, None)
         if any(_Source(loop, k, True) in value.sources for k, value in enumerate(carry)):
             self.layer_loops.add(loop)
         return [_outside(value, loop) for value in carry]
@@ -245,11 +233,14 @@ class Walk:
         carry: list[_Value],
         sliced: list[_Value],
         loop: Loop,
+        length: int | None,
     ) -> tuple[list[_Value], list[_Value]]:
         """Walks a loop's body until its carry depends on nothing more: carry, results."""
         steps = _counter_steps(body, len(consts), len(carry))
         carry = [
-            _Value(count=_Count(loop, step)) if step and value == _Value() else value
+            _Value(number=Number(value.number.start, step, length, loop))
+            if step and value.number is not None and value.number.step == 0
+            else value
             for value, step in zip(carry, steps, strict=True)
         ]
         while True:
@@ -257,7 +248,7 @@ class Walk:
             grown = [
                 # What comes back as the very same value is a constant of the loop.
                 value
-                if result is value or value.count
+                if result is value or (value.number is not None and value.number.loop == loop)
                 else self._carried(value, result, _Source(loop, slot))
                 for slot, (value, result) in enumerate(zip(carry, results, strict=False))
             ]
@@ -274,10 +265,10 @@ class Walk:
         parts = frozenset(
             self._taken(part, part.axes[0], part.axes[1:], loop, step) for part in value.parts
         )
-        count = value.count
-        if count and not count.loop:
-            count = _Count(loop, step * count.step)
-        return dataclasses.replace(value, parts=parts, count=count)
+        number = value.number
+        if number is not None and number.is_array:
+            number = number.by(loop, step < 0)
+        return dataclasses.replace(value, parts=parts, number=number)
 
     def _taken(
         self, part: _Part, dimension: Dimension, axes: Dimensions, loop: Loop, step: int
@@ -290,36 +281,47 @@ class Walk:
         return dataclasses.replace(part, axes=axes, taken=taken)
 
     def _take(self, equation: core.JaxprEqn, values: Sequence[_Value]) -> _Value:
-        """A slice at an index that is no data: of a loop over layers, if it is its counter."""
+        """A slice at an index that is no data: of a loop over layers, if it is its number."""
         operand, *indices = values
         before, after = _shape(equation.invars[0]), _shape(equation.outvars[0])
         sizes = equation.params["slice_sizes"]
-        cut = [axis for axis, size in enumerate(sizes) if size != before[axis]]
-        counted = [axis for axis, index in enumerate(indices) if index.count]
+        places = {axis: value.number for axis, value in enumerate(indices)}
         if equation.primitive.name == "gather":
             numbers = equation.params["dimension_numbers"]
             plain = numbers.collapsed_slice_dims == numbers.start_index_map and len(after) == len(
                 numbers.offset_dims
             )
-            counted = list(numbers.start_index_map) if plain and indices[0].count else []
-            indices = [indices[0]] * len(before)
-        if len(before) == 1 and not cut:
-            cut = counted
+            places = {axis: indices[0].number for axis in numbers.start_index_map if plain}
+        moving = [axis for axis, number in places.items() if number and number.step]
+        short = [axis for axis, size in enumerate(sizes) if size != before[axis]]
+        range_ = _range(places[moving[0]], before[moving[0]]) if len(moving) == 1 else None
         parts = set()
         for part in operand.parts:
-            if len(counted) != 1 or cut not in ([], counted) or sizes[counted[0]] != 1:
+            if range_ is None or short not in ([], moving) or sizes[moving[0]] != 1:
                 lost = (UNKNOWN,) * len(after)
                 parts.add(dataclasses.replace(part, axes=lost))
                 continue
-            [axis] = counted
-            count = indices[axis].count
-            assert count is not None
+            [axis] = moving
+            number = places[axis]
+            assert number is not None
+            starts, stops = [0] * len(before), list(before)
+            starts[axis], stops[axis] = range_
+            part = _cut(part, before, starts, stops, (1,) * len(before))
             rest = list(part.axes)
             dimension, rest[axis] = rest[axis], UNKNOWN
             if len(after) < len(before):
                 del rest[axis]
-            parts.add(self._taken(part, dimension, tuple(rest), count.loop, count.step))
+            parts.add(self._taken(part, dimension, tuple(rest), number.loop, number.step))
         return _Value(frozenset(parts), met=operand.met)
+
+
+def _range(number: Number | None, size: int) -> tuple[int, int] | None:
+    """The first of the places that a counter takes one after another, and that after the last."""
+    if number is None or abs(number.step) != 1 or not number.loop:
+        return None
+    last = number.last if number.last is not None else (size - 1 if number.step > 0 else 0)
+    first, last = sorted((number.start, last))
+    return (first, last + 1) if first >= 0 and last < size else None
 
 
 def _stack(value: _Value, loop: Loop, step: int, shape: Shape) -> _Value:
@@ -331,10 +333,10 @@ def _stack(value: _Value, loop: Loop, step: int, shape: Shape) -> _Value:
             axis, taken = taken[-1][1], taken[:-1]
         axis = backwards(axis) if step < 0 else axis
         parts.add(dataclasses.replace(part, axes=(axis, *part.axes), taken=taken))
-    count = value.count
-    if count and count.loop in ((), loop):
-        count = None if shape else _Count((), step * count.step)
-    return dataclasses.replace(value, parts=frozenset(parts), count=count)
+    number = value.number
+    if number is not None and (number.is_array or number.loop == loop):
+        number = None if shape else number.by((), step < 0)
+    return dataclasses.replace(value, parts=frozenset(parts), number=number)
 
 
 def _composed(values: Sequence[_Value]) -> frozenset[_Source]:
@@ -351,13 +353,13 @@ def _composed(values: Sequence[_Value]) -> frozenset[_Source]:
 def _outside(value: _Value, loop: Loop) -> _Value:
     """What a loop has carried is data to all that comes after it."""
     inner = {source for source in value.sources if source.loop == loop}
-    count = None if value.count and value.count.loop == loop else value.count
+    number = value.number if value.number and value.number.loop != loop else None
     sources = value.sources - inner | {_DATA} if inner else value.sources
-    return dataclasses.replace(value, sources=sources, count=count)
+    return dataclasses.replace(value, sources=sources, number=number)
 
 
 def _counter_steps(body: core.Jaxpr, consts: int, carries: int) -> list[int]:
-    """For each slot of a carry 1 or -1 if every iteration adds as much to it, else 0."""
+    """For each slot of a carry what every iteration adds to it; 0 if that is not known."""
     made_by: dict[core.Var | core.Literal, core.JaxprEqn]
     made_by = {variable: equation for equation in body.eqns for variable in equation.outvars}
     steps = []
@@ -368,37 +370,23 @@ def _counter_steps(body: core.Jaxpr, consts: int, carries: int) -> list[int]:
 
 
 def _step(slot: core.Var, equation: core.JaxprEqn) -> int:
-    """What an equation adds to a slot of a carry, if that is 1 or -1; else 0."""
-    name, (first, *others) = equation.primitive.name, equation.invars
-    if name not in ("add", "sub") or _shape(slot) or _is_inexact(slot):
+    """What an equation adds to a slot of a carry, if that is a constant; else 0."""
+    name, (first, *_) = equation.primitive.name, equation.invars
+    added = [_constant(atom).number for atom in equation.invars if atom is not slot]
+    if len(added) != 1 or added[0] is None:
         return 0
-    if name == "add" and others[0] is slot:
-        first, others = slot, [first]
-    literal = getattr(others[0], "val", None)
-    if first is not slot or literal is None or abs(int(literal)) != 1:
-        return 0
-    return int(literal) if name == "add" else -int(literal)
+    return {"add": added[0].start, "sub": -added[0].start if first is slot else 0}.get(name, 0)
 
 
-def _counted(equation: core.JaxprEqn, values: Sequence[_Value]) -> _Count | None:
-    """The loop that the result of a primitive counts: an index derived from the counter."""
-    name, shape = equation.primitive.name, _shape(equation.outvars[0])
-    if name == "iota":
-        return _Count((), 1) if len(shape) == 1 else None
-    counts = [value.count for value in values]
-    found = {count for count in counts if count}
-    if len(found) != 1:
-        return None
-    [count] = found
-    if not count.loop and shape != _shape(equation.invars[counts.index(count)]):
-        return None
-    if name == "rev" or name == "neg" or (name == "sub" and counts[0] is None):
-        return count._replace(step=-count.step)
-    if name == "select_n":
-        return count if counts[0] is None and all(counts[1:]) else None
-    keeps = ("add", "sub", "convert_element_type", "copy", "broadcast_in_dim", "reshape", "squeeze")
-    is_sum = name != "add" or None in counts
-    return count if name in keeps and is_sum else None
+def _number(equation: core.JaxprEqn, values: Sequence[_Value]) -> Number | None:
+    """Which integers the result of a primitive is."""
+    return counters.follow(
+        equation.primitive.name,
+        [value.number for value in values],
+        [_shape(atom) for atom in equation.invars],
+        _shape(equation.outvars[0]),
+        equation.params,
+    )
 
 
 def _moved(equation: core.JaxprEqn, values: Sequence[_Value]) -> list[_Value]:
@@ -479,7 +467,11 @@ def _callee(equation: core.JaxprEqn) -> core.Jaxpr | None:
 
 def _constant(atom: core.Var | core.Literal) -> _Value:
     """A literal, or an array the function closes over: that may be its data."""
-    return _Value(sources=frozenset({_DATA}) if _shape(atom) else frozenset())
+    if _shape(atom):
+        return _Value(sources=frozenset({_DATA}))
+    literal = getattr(atom, "val", None)
+    is_integer = jnp.issubdtype(getattr(atom.aval, "dtype", np.bool_), np.integer)
+    return _Value(number=Number(int(literal)) if literal is not None and is_integer else None)
 
 
 def _is_inexact(atom: core.Var) -> bool:

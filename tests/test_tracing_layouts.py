@@ -126,6 +126,15 @@ STACKS = {
         )[0],
         UP,
     ),
+    "two fori_loops": (
+        lambda p, x: jax.lax.fori_loop(
+            0,
+            4,
+            lambda i, x: layer(x, p["w"][2 + i]),
+            jax.lax.fori_loop(0, 2, lambda i, x: layer(x, p["w"][i]), x),
+        ),
+        UP,
+    ),
     "each layer again and again": (
         lambda p, x: jax.lax.fori_loop(
             0,
@@ -174,6 +183,22 @@ OUT_OF_ORDER = {
     "the first by itself last": lambda p, x: layer(scan(x, p["w"][1:]), p["w"][0]),
     "blocks of it in another order": (
         lambda p, x: scan(scan(x, p["w"].reshape(3, 2, 4, 4)[2]), p["w"].reshape(3, 2, 4, 4)[0])
+    ),
+    "two fori_loops that are swapped": (
+        lambda p, x: jax.lax.fori_loop(
+            0,
+            2,
+            lambda i, x: layer(x, p["w"][i]),
+            jax.lax.fori_loop(2, 6, lambda i, x: layer(x, p["w"][i]), x),
+        )
+    ),
+    "every third": (
+        lambda p, x: jax.lax.fori_loop(0, 2, lambda i, x: layer(x, p["w"][i + 2 * i]), x)
+    ),
+    "all but one": (
+        lambda p, x: jax.lax.fori_loop(
+            0, 5, lambda i, x: layer(x, p["w"][jnp.where(i < 2, i, i + 1)]), x
+        )
     ),
     "a counter from the middle": (
         lambda p, x: scan(
