@@ -132,6 +132,32 @@ class Family:
         return shapes
 
     @property
+    def is_list(self) -> bool:
+        """Whether the siblings have numbers alone for keys."""
+        return next(iter(self.members.values())).key.isdigit()
+
+    @property
+    def repeats(self) -> bool:
+        """Whether two of the siblings have a tensor alike."""
+        return any(len(set(shapes.values())) < len(shapes) for shapes in self.tensors.values())
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all the siblings have the same tensors, if not of the same shapes."""
+        return all(len(shapes) == len(self.members) for shapes in self.tensors.values())
+
+    @property
+    def are_copies(self) -> bool:
+        """Whether all the siblings have the same tensors, of the same shapes."""
+        same = all(len(set(shapes.values())) == 1 for shapes in self.tensors.values())
+        return self.is_uniform and same
+
+    def tensor(self, member: Node, leaf: Known) -> str:
+        """Which of a sibling's tensors a leaf is; tensors of other shapes are others."""
+        name = member.inside(leaf)
+        return name if len(set(self.tensors[name].values())) == 1 else f"{name} {leaf.shape}"
+
+    @property
     def misfit(self) -> str:
         """Why they are not the layers of one stack, if they are not."""
         first, *_, last = [*self.members, *self.members]
@@ -192,6 +218,23 @@ def besides_layers(node: Node, are_layers: Callable[[Family, bool], bool]) -> li
     return [child for child in node.children.values() if child.path not in layers]
 
 
+def blocks_within(family: Family) -> list[Family]:
+    """Families within the siblings that look like layers themselves: blocks that are copies."""
+    found, nodes = [], list(family.members.values())
+    while nodes:
+        node = nodes.pop()
+        found += [
+            inner
+            for inner in families_of(node)
+            if (inner.is_list or is_layer_name(inner.name))
+            and len(inner.members) > 1
+            and inner.are_copies
+            and next(iter(inner.members.values())).is_block
+        ]
+        nodes += [child for child in node.children.values() if not child.is_leaf]
+    return found
+
+
 def are_block_parts(families: Sequence[Family]) -> bool:
     """Whether all the families of a node are the parts of its blocks, each numbered alike.
 
@@ -222,8 +265,21 @@ def nesting_of(name: str) -> int | None:
 def is_layer_name(key: str) -> bool:
     """Whether a key names a block that a network repeats, or the stack of them."""
     words = words_of(key)
-    is_layer = any(word.endswith(("layer", "layers", "block", "blocks")) for word in words)
-    return key == "h" or (is_layer and not any(map(is_norm_word, words)))
+    is_layer = any(re.fullmatch(r".*blocks?|(.*coder|.*former)?layers?", word) for word in words)
+    return key == "h" or (is_layer and not any(is_norm_word(w) or w in _BESIDE for w in words))
+
+
+_BESIDE = frozenset(
+    word + ending
+    for word in ("critic", "ensemble", "expert", "head", "member", "output", "task")
+    for ending in ("", "s")
+) | {"down", "up"}
+"""Words for what is side by side rather than one after another, or the stages of a U-Net."""
+
+
+def is_beside(leaf: Known, node: Node) -> bool:
+    """Whether a leaf is in a container, below the node, of things that are side by side."""
+    return any(word in _BESIDE for key in leaf.keys[node.level :] for word in words_of(key))
 
 
 def is_norm_word(word: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -18,12 +18,21 @@ import numpy as np
 import optax
 
 from depthsmooth.axes import Origin, Span, spans_of
+from depthsmooth.composition import Composition
 from depthsmooth.counters import Loop
 from depthsmooth.layout import Depth, DepthNotFoundError, Leaf
 from depthsmooth.places import Place, Shape, common_path, path_string, shape_of
-from depthsmooth.siblings import Family, Known, Node, besides_layers, families_of, is_layer_name
+from depthsmooth.siblings import (
+    Family,
+    Known,
+    Node,
+    besides_layers,
+    blocks_within,
+    families_of,
+    is_layer_name,
+)
 from depthsmooth.stencil import Axes
-from depthsmooth.walk import Piece, Taken, Walk
+from depthsmooth.walk import Taken, Walk
 
 if TYPE_CHECKING:
     from jax.extend import core  # its import takes 50 ms
@@ -170,22 +179,24 @@ class _Placing:
         self._walk, self._paths, self._shapes = walk, paths, shapes
         self._index = {path: leaf for leaf, path in enumerate(paths)}
         self._names = collections.Counter[str]()
-        self._pieces: dict[int, list[Piece]] = {}
-        for piece in walk.first_met:
-            self._pieces.setdefault(piece[0], []).append(piece)
-        self._order = {piece: k for k, piece in enumerate(walk.first_met)}
-        self._place_stacks()
-        self._place_indexed()
-        rest = [leaf for leaf in sorted(self._pieces) if leaf not in self.places]
-        self._place_siblings(self._node(rest))
+        self._composition = Composition(walk, self._index)
+        # A leaf that a loop over layers takes slices of holds many layers, or none: never one.
+        stacked = self._place_stacks()
+        self._place_siblings(self._node(sorted(self._composition.pieces.keys() - stacked)))
+        # What is within layers that have leaves of their own is no stack of layers.
+        self._place_indexed(stacked)
 
-    def _place_stacks(self) -> None:
-        """Places the leaves that loops over layers take slices of."""
-        stacks = {}
+    def _place_stacks(self) -> set[int]:
+        """Places the leaves that loops over layers take slices of, and gives all of these."""
+        stacks, seen = {}, set()
         for leaf, chains in sorted(self._walk.taken.items()):
-            stack = self._stack(leaf, chains)
-            if stack:
-                stacks[leaf] = stack
+            if any(loop in self._walk.layer_loops for taken, _ in chains for loop, _ in taken):
+                seen.add(leaf)
+                stack = self._stack(leaf, chains)
+                if stack:
+                    stacks[leaf] = stack
+            else:
+                self.reasons[leaf] = "the loops that take slices of it do not compose them"
         for leaves in _groups({leaf: stack.anywhere for leaf, stack in stacks.items()}):
             group = self._name(leaves)
             turns = self._turns(leaves, stacks)
@@ -199,6 +210,7 @@ class _Placing:
                 if layers.size:
                     held = tuple(map(int, layers))
                     self.places[leaf] = Place(group, tensor, axes, held, "trace")
+        return seen
 
     def _stack(self, leaf: int, chains: Iterable[tuple[Taken, Origin]]) -> _Stack | None:
         """What loops over layers make of a leaf, from the slices they take of slices."""
@@ -211,10 +223,7 @@ class _Placing:
                 found.append(
                     (tuple(loop for loop, _ in taken), spans_of(factors, origin) if known else None)
                 )
-        if not found:
-            self.reasons[leaf] = "the loops that take slices of it do not compose them"
-            return None
-        loops, spans = max(found, key=lambda taken: len(taken[0]))
+        loops, spans = max(found, key=lambda taken: (taken[1] is not None, len(taken[0])))
         if (
             spans is None
             or not _in_one_order(loops, spans, found)
@@ -243,10 +252,10 @@ class _Placing:
         start, stop = min(span.start for span in parts), max(span.stop for span in parts)
         beside: list[tuple[int, int]] = []
         in_loops: list[int] = []
-        for piece in self._pieces.get(leaf, []):
+        for piece in self._composition.pieces.get(leaf, []):
             indices = [index for axis, index in piece[1] if axis == along.axis]
-            beside += [(index, self._order[piece]) for index in indices]
-            in_loops += [] if indices else [self._order[piece]]
+            beside += [(index, self._composition.when[piece]) for index in indices]
+            in_loops += [] if indices else [self._composition.when[piece]]
         return any(
             (when < min(in_loops)) != ((index < start) != along.backwards)
             for index, when in beside
@@ -258,21 +267,21 @@ class _Placing:
         inner = {leaf: stacks[leaf].loops[1:] for leaf in leaves}
         if len(set(inner.values())) > 1 and len({stacks[leaf].loops[0] for leaf in leaves}) == 1:
             return self._nested_turns(leaves, stacks, inner)
+        turns = {leaf: _Turn(0, 1, 1, self._paths[leaf]) for leaf in leaves}
         node = self._node(leaves)
         while len(node.children) == 1 and not node.is_leaf:
             [node] = node.children.values()
         for family in families_of(node):
             members = list(family.members.values())
-            if sum(len(member.leaves) for member in members) == len(leaves) and (
-                len(members) > 1 and is_layer_name(family.name) and self._compose(members)
-            ):
-                members.sort(key=self._first_met)
-                return {
-                    self._index[leaf.path]: _Turn(j, 1, len(members), member.inside(leaf))
-                    for j, member in enumerate(members)
-                    for leaf in member.leaves
-                }
-        return {leaf: _Turn(0, 1, 1, self._paths[leaf]) for leaf in leaves}
+            whole = sum(len(member.leaves) for member in members) == len(leaves)
+            if not (whole and is_layer_name(family.name) and members[0].is_block):
+                continue
+            ordered = self._composition.in_order(members) if len(members) > 1 else None
+            for j, member in enumerate(ordered or []):
+                for leaf in member.leaves:
+                    tensor = family.tensor(member, leaf)
+                    turns[self._index[leaf.path]] = _Turn(j, 1, len(members), tensor)
+        return turns
 
     def _nested_turns(
         self,
@@ -287,7 +296,9 @@ class _Placing:
         }
         units = sorted(
             set(inner.values()),
-            key=lambda unit: min(self._when(leaf) for leaf in leaves if inner[leaf] == unit),
+            key=lambda unit: min(
+                self._composition.first(leaf) for leaf in leaves if inner[leaf] == unit
+            ),
         )
         sizes = [max(counts[leaf] for leaf in leaves if inner[leaf] == unit) for unit in units]
         starts = dict(zip(units, itertools.accumulate([0, *sizes]), strict=False))
@@ -295,26 +306,6 @@ class _Placing:
             leaf: _Turn(starts[inner[leaf]], counts[leaf], sum(sizes), self._paths[leaf])
             for leaf in leaves
         }
-
-    def _place_indexed(self) -> None:
-        """Places the stacks whose slices are taken one by one, as by ``w[0]`` and ``w[1]``."""
-        found: dict[tuple[int, str], dict[int, tuple[int, list[int]]]] = {}
-        for leaf, pieces in self._pieces.items():
-            at = [indices[0] for _, indices in pieces if len(indices) == 1]
-            axes = {axis for axis, _ in at}
-            if leaf in self.places or len(axes) != 1 or len(at) != len(pieces):
-                continue
-            [axis] = axes
-            order = [index for _, index in at]
-            size = self._shapes[leaf][axis]
-            if size > 1 and sorted(order) == list(range(size)) and self._chained(pieces):
-                top = self._paths[leaf].partition("/")[0]
-                found.setdefault((size, top), {})[leaf] = (axis, order)
-        for leaves in found.values():
-            group = self._name(list(leaves))
-            for leaf, (axis, order) in leaves.items():
-                layers = tuple(order.index(index) for index in range(len(order)))
-                self.places[leaf] = Place(group, self._paths[leaf], (axis,), layers, "trace")
 
     def _place_siblings(self, node: Node) -> None:
         """Places the siblings below a node that are layers; within layers nothing else is."""
@@ -324,53 +315,62 @@ class _Placing:
 
     def _place_family(self, family: Family, parts: bool) -> bool:
         """Whether siblings are layers, or named like it: there is nothing more to find there."""
-        members = sorted(family.members.values(), key=self._first_met)
+        members = list(family.members.values())
         is_named = is_layer_name(family.name)
-        is_list = members[0].key.isdigit()
         if len(members) == 1:
             return is_named and members[0].is_block
-        if not (is_named or is_list or parts) or not self._compose(members):
-            why = "its siblings do not compose" if is_named else "its siblings are not named layers"
-            self.reasons |= {self._index[leaf.path]: why for m in members for leaf in m.leaves}
+        if not family.repeats:
             return False
-        for layer, member in enumerate(members):
+        ordered = self._composition.in_order(members)
+        inner = [
+            inner
+            for inner in blocks_within(family)
+            if self._composition.in_order(list(inner.members.values()))
+        ]
+        why = ""
+        if not (is_named or family.is_list or parts):
+            why = "its siblings are not named after layers"
+        elif ordered is None:
+            why = "its siblings do not compose"
+        elif inner:
+            why = f"its siblings hold what may be layers, {inner[0].group}, themselves"
+        elif not (is_named or parts) and not (family.is_uniform and len(members) > 2):
+            why = "its siblings, a list that is not named after layers, may be parts of a network"
+        if why or ordered is None:
+            self.reasons |= {self._index[leaf.path]: why for m in members for leaf in m.leaves}
+            return is_named and bool(inner)
+        for layer, member in enumerate(ordered):
             for leaf in member.leaves:
-                tensor = member.inside(leaf)
-                if len(set(family.tensors[tensor].values())) > 1:
-                    tensor = f"{tensor} {leaf.shape}"
-                place = Place(family.group, tensor, (), (layer,), "trace")
+                place = Place(family.group, family.tensor(member, leaf), (), (layer,), "trace")
                 self.places[self._index[leaf.path]] = place
         return True
 
-    def _compose(self, members: Sequence[Node]) -> bool:
-        """Whether each of some nodes meets what the one before it has made."""
-        ordered = sorted(members, key=self._first_met)
-        pieces = [
-            [
-                piece
-                for leaf in node.leaves
-                for piece in self._pieces.get(self._index[leaf.path], [])
-            ]
-            for node in ordered
-        ]
-        return all(
-            any(self._walk.first_met[late] & self._walk.bits[early] for late in b for early in a)
-            for a, b in itertools.pairwise(pieces)
-        )
-
-    def _chained(self, pieces: Sequence[Piece]) -> bool:
-        """Whether each piece meets what the one before it has made."""
-        return all(
-            self._walk.first_met[late] & self._walk.bits[early]
-            for early, late in itertools.pairwise(pieces)
-        )
-
-    def _first_met(self, node: Node) -> int:
-        return min(self._when(self._index[leaf.path]) for leaf in node.leaves)
-
-    def _when(self, leaf: int) -> int:
-        """When data first meets a leaf."""
-        return min((self._order[piece] for piece in self._pieces.get(leaf, [])), default=1 << 60)
+    def _place_indexed(self, stacked: Set[int]) -> None:
+        """Places the stacks whose slices are taken one by one, as by ``w[0]`` and ``w[1]``."""
+        found: dict[tuple[int, str], dict[int, tuple[int, list[int]]]] = {}
+        for leaf, pieces in self._composition.pieces.items():
+            at = [indices[0] for _, indices in pieces if len(indices) == 1]
+            axes = {axis for axis, _ in at}
+            if leaf in self.places or leaf in stacked or len(axes) != 1 or len(at) != len(pieces):
+                continue
+            [axis] = axes
+            order = [index for _, index in at]
+            size = self._shapes[leaf][axis]
+            in_full = size > 1 and sorted(order) == list(range(size))
+            if in_full and self._composition.is_chain(pieces):
+                container = self._paths[leaf].rpartition("/")[0]
+                found.setdefault((size, container), {})[leaf] = (axis, order)
+        for (size, container), leaves in found.items():
+            matrices = any(len(self._shapes[leaf]) > 2 for leaf in leaves)
+            is_named = any(map(is_layer_name, container.split("/")))
+            if not matrices or not (is_named or len(leaves) > 1 or size > 2):
+                why = "its slices compose, but they may be parts of a layer"
+                self.reasons |= dict.fromkeys(leaves, why)
+                continue
+            group = self._name(list(leaves))
+            for leaf, (axis, order) in leaves.items():
+                layers = tuple(order.index(index) for index in range(len(order)))
+                self.places[leaf] = Place(group, self._paths[leaf], (axis,), layers, "trace")
 
     def _node(self, leaves: Iterable[int]) -> Node:
         return Node("", tuple(Known(self._paths[leaf], self._shapes[leaf]) for leaf in leaves))
@@ -387,14 +387,15 @@ def _in_one_order(loops: tuple[Loop, ...], spans: Sequence[Span], found: Sequenc
     if any(others != spans for by, others in found if by == loops):
         return False
     for along in spans:
-        parts = {
-            (span.start, span.stop): None
-            for _, others in found
-            for span in others or ()
-            if span.axis == along.axis
-        }
+        parts: dict[tuple[int, int], bool] = {}
+        for span in itertools.chain.from_iterable(others or () for _, others in found):
+            if span.axis == along.axis:
+                # The backward pass takes the same parts the other way round.
+                parts.setdefault((span.start, span.stop), span.backwards)
         order = list(parts)[:: -1 if along.backwards else 1]
-        if any(before[1] > after[0] for before, after in itertools.pairwise(order)):
+        if set(parts.values()) != {along.backwards} or any(
+            before[1] > after[0] for before, after in itertools.pairwise(order)
+        ):
             return False
     return True
 

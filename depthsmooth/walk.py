@@ -164,9 +164,12 @@ class Walk:
             return list(values)
         joined = self._join(values)
         if joined.sources:
-            composed = _composed(values) if name in _CONTRACTIONS else frozenset()
+            composed = _composed(equation, values) if name in _CONTRACTIONS else frozenset()
             product = dataclasses.replace(joined, sources=joined.sources | composed)
-            return [product] * len(equation.outvars)
+            return [
+                product if _is_inexact(variable) else _chosen(product)
+                for variable in equation.outvars
+            ]
         if name in ("dynamic_slice", "gather") and values[0].parts:
             return [self._take(equation, values)]
         if joined.parts:
@@ -276,8 +279,7 @@ class Walk:
         """A part of which a loop takes one slice after another along a dimension."""
         along = backwards(dimension) if step < 0 else dimension
         taken = (*part.taken, (loop, along))
-        if along:
-            self.taken.setdefault(part.leaf, {}).setdefault((taken, part.origin))
+        self.taken.setdefault(part.leaf, {}).setdefault((taken, part.origin))
         return dataclasses.replace(part, axes=axes, taken=taken)
 
     def _take(self, equation: core.JaxprEqn, values: Sequence[_Value]) -> _Value:
@@ -339,15 +341,30 @@ def _stack(value: _Value, loop: Loop, step: int, shape: Shape) -> _Value:
     return dataclasses.replace(value, parts=frozenset(parts), number=number)
 
 
-def _composed(values: Sequence[_Value]) -> frozenset[_Source]:
-    """The carry slots that a contraction brings together with a slice their loop took."""
-    slicing = {loop for value in values for part in value.parts for loop, _ in part.taken}
+def _composed(equation: core.JaxprEqn, values: Sequence[_Value]) -> frozenset[_Source]:
+    """The carry slots that a contraction brings together with a slice their loop took.
+
+    The slice has to be a matrix at least: a vector may be a row of one.
+    """
+    slicing = {
+        loop
+        for atom, value in zip(equation.invars, values, strict=True)
+        for part in value.parts
+        for loop, _ in part.taken
+        if sum(size > 1 for size in _shape(atom)) > 1
+    }
     return frozenset(
         source._replace(composed=True)
         for value in values
         for source in value.sources
         if source.loop in slicing
     )
+
+
+def _chosen(value: _Value) -> _Value:
+    """What goes on as an index, like that of the nearest code, is not composed."""
+    sources = frozenset(source._replace(composed=False) for source in value.sources)
+    return dataclasses.replace(value, sources=sources)
 
 
 def _outside(value: _Value, loop: Loop) -> _Value:
