@@ -15,17 +15,15 @@ import re
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from depthsmooth.layout import Depth, DepthNotFoundError, Leaf, check_mixable
 from depthsmooth.places import (
-    KeyPath,
     Place,
-    is_masked,
+    is_mixable,
+    leaves_of,
     named,
     numbered_key,
-    path_string,
     shape_of,
     some,
     stacked,
@@ -35,7 +33,9 @@ from depthsmooth.siblings import (
     Known,
     Node,
     besides_layers,
+    blocks_within,
     families_of,
+    is_beside,
     is_layer_name,
     nesting_of,
 )
@@ -105,6 +105,7 @@ def find_depth(params: optax.Params, *, metadata: bool = True, known: Depth | No
       DepthNotFoundError: if nothing looks like layers.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> block = {"ln": {"scale": jnp.ones(4)}, "wi": jnp.ones((4, 8)), "wo": jnp.ones((8, 4))}
       >>> print(find_depth({f"block_{i}": block for i in range(12)} | {"head": jnp.ones((4, 2))}))
       group       layers  axis  leaves  parameters  found by
@@ -119,7 +120,7 @@ def find_depth(params: optax.Params, *, metadata: bool = True, known: Depth | No
     mixable = [
         leaf
         for leaf, (path, array, _) in zip(leaves, arrays, strict=True)
-        if jnp.issubdtype(array.dtype, jnp.inexact) and path not in said
+        if path not in said and is_mixable(array)
     ]
     root = Node("", tuple(mixable))
     search.walk(root)
@@ -190,18 +191,27 @@ class _Search:
             for leaf in leaves if is_named else ():
                 self.reasons[leaf.path] = f"{members[0].path} is the only layer of its kind"
             return is_named and members[0].is_block
-        if not is_named and not (parts and not family.misfit):
-            if not family.misfit and members[0].is_block and not _has_layers(members[0]):
+        fits = not family.misfit and not family.uneven
+        if not is_named and not (parts and fits):
+            if fits and members[0].is_block and not _has_layers(members[0]):
                 why = "its siblings may be layers, or copies side by side"
                 self._doubt(family, why, grave=False)
             return False
-        if not any(len(shapes) > 1 for shapes in family.tensors.values()):
+        if not family.repeats:
             return False
-        if family.misfit:
-            self._doubt(family, family.misfit, grave=is_named)
+        are_blocks = any(node.is_block for node in members)
+        inner = [inner.group for inner in blocks_within(family) if is_layer_name(inner.name)]
+        if family.misfit or inner:
+            why = family.misfit or f"its siblings hold what may be layers, {inner[0]}, themselves"
+            self._doubt(family, why, grave=is_named and are_blocks)
             return is_named
-        if is_named and not any(node.is_block for node in members):
-            self._doubt(family, "its siblings may be layers, or steps within one", grave=False)
+        if family.uneven or not (are_blocks or parts):
+            why = (
+                f"{family.uneven} has not the same shape in all of its siblings"
+                if family.uneven
+                else "its siblings may be layers, or steps within one"
+            )
+            self._doubt(family, why, grave=False)
             return True
         first = next(iter(family.members))
         for number, node in family.members.items():
@@ -218,7 +228,7 @@ class _Search:
         whole = len(marked) == len(node.leaves) and node.is_block
         if number is not None or not (is_layer_name(name) or whole):
             return False
-        found = _named_axes(node.leaves, marked) if marked else _common_axes(node.leaves)
+        found = _named_axes(node, marked) if marked else _common_axes(node)
         if found is None:
             return False
         dealt = _dealt(node)
@@ -237,8 +247,9 @@ class _Search:
         return True
 
     def _doubt(self, family: Family, why: str, grave: bool) -> None:
-        leaf = next(iter(family.members.values())).leaves[0]
-        self.doubts.append(_Doubt(family.pattern, leaf, why, ("numbered()",), grave))
+        leaves = [leaf for node in family.members.values() for leaf in node.leaves]
+        self.reasons |= {leaf.path: why for leaf in leaves}
+        self.doubts.append(_Doubt(family.pattern, leaves[0], why, ("numbered()",), grave))
 
     def _doubt_stack(self, node: Node, why: str) -> None:
         norms = {len(leaf.shape) for leaf in node.leaves if leaf.is_norm}
@@ -275,10 +286,13 @@ def _has_layers(node: Node) -> bool:
     )
 
 
-def _common_axes(leaves: Sequence[Known]) -> dict[str, Axes] | str | None:
+def _common_axes(node: Node) -> dict[str, Axes] | str | None:
     """The one axis that all leaves agree on, why that is not certain, or None if unstacked."""
-    norms = {len(leaf.shape) for leaf in leaves if leaf.is_norm}
-    vectors = {len(leaf.shape) for leaf in leaves if leaf.is_vector}
+    leaves = node.leaves
+    # What is side by side, like experts, has an axis for that, in vectors too.
+    telling = [leaf for leaf in leaves if not is_beside(leaf, node)]
+    norms = {len(leaf.shape) for leaf in telling if leaf.is_norm}
+    vectors = {len(leaf.shape) for leaf in telling if leaf.is_vector}
     if not vectors:
         return None
     if min(vectors) == 1:
@@ -296,7 +310,7 @@ def _common_axes(leaves: Sequence[Known]) -> dict[str, Axes] | str | None:
     return candidates[0]
 
 
-def _named_axes(leaves: Sequence[Known], marked: Sequence[Known]) -> dict[str, Axes] | str | None:
+def _named_axes(node: Node, marked: Sequence[Known]) -> dict[str, Axes] | str | None:
     """The axes that metadata names after layers, outer to inner, or why they are not certain."""
     kinds = {tuple(leaf.names[axis] for axis in leaf.layer_axes) for leaf in marked}
     if len(kinds) > 1:
@@ -314,11 +328,11 @@ def _named_axes(leaves: Sequence[Known], marked: Sequence[Known]) -> dict[str, A
         return "it is stacked along more axes than its metadata names"
     if len({tuple(leaf.shape[a] for a in axes[leaf.path]) for leaf in marked}) > 1:
         return "its metadata says different numbers of layers"
-    rest = [leaf for leaf in leaves if not leaf.layer_axes]
+    rest = [leaf for leaf in node.leaves if not leaf.layer_axes]
     if not rest:
         return axes
     said = {axis for leaf in marked for axis in axes[leaf.path]}
-    common = _common_axes(leaves)
+    common = _common_axes(node)
     if isinstance(common, dict) and all(common[leaf.path] == axes[leaf.path] for leaf in marked):
         return common
     return (
@@ -352,17 +366,18 @@ def _leaves_with_names(
     tree: optax.Params, metadata: bool
 ) -> list[tuple[str, jax.Array, tuple[str, ...]]]:
     """The leaves with their paths and the names that their boxes give to their axes."""
-    nodes = jax.tree_util.tree_leaves_with_path(
-        tree, is_leaf=lambda node: is_masked(node) or (metadata and _axis_names(node) is not None)
+    boxes = jax.tree_util.tree_leaves(
+        tree, is_leaf=lambda node: metadata and _axis_names(node) is not None
     )
-    found = []
-    for keys, node in nodes:
-        for inner, array in jax.tree_util.tree_leaves_with_path(node):
-            path: KeyPath = (*keys, *inner)
-            names = tuple(map(str, _axis_names(node) or ())) if metadata else ()
-            believed = names if len(names) == len(shape_of(array)) else ()
-            found.append((path_string(path), array, believed))
-    return found
+    names = [
+        tuple(map(str, _axis_names(box) or ())) if metadata else ()
+        for box in boxes
+        for _ in jax.tree_util.tree_leaves(box)
+    ]
+    return [
+        (path, array, axes if len(axes) == len(shape_of(array)) else ())
+        for (path, array), axes in zip(leaves_of(tree)[0], names, strict=True)
+    ]
 
 
 def _axis_names(box: object) -> tuple[object, ...] | None:

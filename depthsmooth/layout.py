@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from depthsmooth import rules as rules_
@@ -20,6 +19,7 @@ from depthsmooth.places import (
     Place,
     Shape,
     hides,
+    is_mixable,
     leaves_of,
     named,
     shape_of,
@@ -125,6 +125,7 @@ class Depth(Mapping[str, Place]):
           ValueError: if a pattern is no regular expression, or a rule is none.
 
         Example:
+          >>> import jax.numpy as jnp
           >>> params = {"layers": {"kernel": jnp.ones((12, 4, 4))}, "head": jnp.ones((4, 2))}
           >>> print(Depth.from_rules({"layers/.*": 0}).resolve(params))
           group       layers  axis  leaves  parameters  found by
@@ -191,6 +192,7 @@ class Depth(Mapping[str, Place]):
           ValueError: if both place a leaf, or have a group of the same name.
 
         Example:
+          >>> import jax.numpy as jnp
           >>> params = {"stem": jnp.ones((2, 4)), "block_0": jnp.ones(4), "block_1": jnp.ones(4)}
           >>> blocks = Depth.from_rules({"block.*": rules_.numbered()}).resolve(params)
           >>> print(blocks | Depth.from_rules({"stem": 0}))
@@ -236,6 +238,7 @@ class Depth(Mapping[str, Place]):
           ValueError: if there is no such leaf.
 
         Example:
+          >>> import jax.numpy as jnp
           >>> params = {f"block_{i}": jnp.ones((4, 4)) for i in range(3)} | {"head": jnp.ones(4)}
           >>> depth = Depth.from_rules({"block.*": rules_.numbered()}).resolve(params)
           >>> print(depth.explain("block_1"))
@@ -281,6 +284,7 @@ class Depth(Mapping[str, Place]):
           ValueError: if the text is something else.
 
         Example:
+          >>> import jax.numpy as jnp
           >>> depth = Depth.from_rules({"layers": 0}).resolve({"layers": jnp.ones((3, 2))})
           >>> Depth.from_json(depth.to_json()) == depth
           True
@@ -291,8 +295,13 @@ class Depth(Mapping[str, Place]):
                 Leaf(leaf["path"], tuple(leaf["shape"]), _place(leaf["place"]), leaf["reason"])
                 for leaf in fields["leaves"]
             ]
-            return cls(tuple(leaves), tuple((name, _rule(rule)) for name, rule in fields["rules"]))
-        except (KeyError, TypeError, ValueError) as error:
+            rules = [(name, rules_.as_rule(name, _rule(rule))) for name, rule in fields["rules"]]
+            for leaf in leaves:
+                _check_place(leaf)
+            depth = cls(tuple(leaves), tuple(rules))
+            rules_.check_tensors("it", depth, {leaf.path: leaf.shape for leaf in leaves})
+            return depth
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"This is not a Depth in JSON, as depth.to_json() writes it: {error!r}."
             ) from error
@@ -357,6 +366,16 @@ class Depth(Mapping[str, Place]):
         return f"<Depth\n{self}>"
 
 
+def _check_place(leaf: Leaf) -> None:
+    """Raises unless the leaf has the axes and the layers that its place says."""
+    if leaf.place is None:
+        return
+    axes, layers = leaf.place.axes, leaf.place.layers
+    fits = len(set(axes)) == len(axes) and all(0 <= axis < len(leaf.shape) for axis in axes)
+    if not fits or stacked(leaf.shape, axes) != len(layers) or min(layers, default=-1) < 0:
+        raise ValueError(f"{leaf} can't have the layers {layers} on {_axes_name(axes)}")
+
+
 def _check_shape(leaf: Leaf, place: Place, shapes: Mapping[str, Shape]) -> None:
     """Raises unless the tree has the leaf, with its layers where they were."""
     if leaf.path not in shapes:
@@ -378,15 +397,16 @@ def _check_shape(leaf: Leaf, place: Place, shapes: Mapping[str, Shape]) -> None:
 
 def check_mixable(path: str, leaf: jax.Array, copies: int) -> None:
     """Raises unless the leaf's layers can be mixed."""
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+    if not is_mixable(leaf):
+        kind = getattr(leaf, "dtype", type(leaf).__name__)
         raise ValueError(
-            f"{path} {leaf.shape} is of type {leaf.dtype}, but only floating point and complex "
+            f"{path} {shape_of(leaf)} is of type {kind}, but only floating point and complex "
             "updates can be mixed. Leave it out of the rules, or keep it from the optimizer with "
             "optax.masked or optax.partition."
         )
     if copies > 1:
         raise ValueError(
-            f"{path} {leaf.shape} is the path of {copies} leaves, so its place in depth is not "
+            f"{path} {shape_of(leaf)} is the path of {copies} leaves, so its place in depth is not "
             "certain. Rename a key that holds a '/'."
         )
 

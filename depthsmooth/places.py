@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import math
@@ -9,6 +10,8 @@ import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from depthsmooth.stencil import Axes
@@ -56,18 +59,11 @@ def stacked(shape: Shape, axes: Sequence[int]) -> int:
 def path_string(keys: KeyPath) -> str:
     """A leaf's path as users write it: its keys joined by ``/``.
 
-    The ``value`` of a box such as ``flax.linen.Partitioned``, and the bare index of a
-    box that names nothing, is the leaf itself, so that boxed parameters and plain
-    updates have the same paths.
-
     Example:
       >>> [(keys, _)] = jax.tree_util.tree_leaves_with_path({"layers": [{"kernel": 0}]})
       >>> path_string(keys)
       'layers/0/kernel'
     """
-    boxed = isinstance(keys[-1], jax.tree_util.FlattenedIndexKey) if keys else False
-    if boxed or (keys and keys[-1] == jax.tree_util.GetAttrKey("value")):
-        keys = keys[:-1]
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
@@ -76,11 +72,43 @@ def is_masked(node: object) -> bool:
     return node is None or isinstance(node, optax.MaskedNode)
 
 
+def nodes_of(tree: optax.Params) -> list[tuple[str, jax.Array | None]]:
+    """The leaves with their paths, in order, and what is there in place of leaves that are not.
+
+    The ``value`` of a box such as ``flax.linen.Partitioned``, and the bare index of a box
+    that names nothing, is the leaf itself, so that boxed parameters and plain updates
+    have the same paths. It is a box if it holds nothing else.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> nodes_of({"wi": nn.Partitioned(1, ("in", "out")), "wo": 2})
+      [('wi', 1), ('wo', 2)]
+    """
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked)
+    held = collections.Counter(keys[:-1] for keys, _ in nodes)
+    return [
+        (path_string(keys[:-1] if _is_of_box(keys) and held[keys[:-1]] == 1 else keys), node)
+        for keys, node in nodes
+    ]
+
+
+def _is_of_box(keys: KeyPath) -> bool:
+    """Whether the last key could be that of a box."""
+    box = jax.tree_util.GetAttrKey("value")
+    return bool(keys) and (keys[-1] == box or isinstance(keys[-1], jax.tree_util.FlattenedIndexKey))
+
+
 def leaves_of(tree: optax.Params) -> tuple[list[tuple[str, jax.Array]], list[str]]:
     """The leaves with their paths, and the paths that are empty: masked, or None."""
-    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked)
-    present = [(path_string(keys), node) for keys, node in nodes if not is_masked(node)]
-    return present, [path_string(keys) for keys, node in nodes if is_masked(node)]
+    nodes = nodes_of(tree)
+    present = [(path, node) for path, node in nodes if node is not None and not is_masked(node)]
+    return present, [path for path, node in nodes if is_masked(node)]
+
+
+def is_mixable(leaf: object) -> bool:
+    """Whether a leaf is of a type whose layers can be mixed: floating point or complex."""
+    is_number = isinstance(leaf, float | complex)
+    return is_number or jnp.issubdtype(getattr(leaf, "dtype", np.bool_), jnp.inexact)
 
 
 def hides(masked: Set[str], path: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -148,7 +149,14 @@ def as_rule(pattern: object, rule: object) -> Rule:
             f"The rule {pattern!r} is no regular expression. A rule is a pattern for the whole "
             "path of a leaf, like '.*/layers/.*'."
         )
-    return rule if isinstance(rule, Rule) else Rule(_axes(rule, pattern))
+    if not isinstance(rule, Rule):
+        return Rule(_axes(rule, pattern))
+    if rule.numbered and re.compile(str(pattern)).groups > 1:
+        raise ValueError(
+            f"The rule {pattern!r} has several pairs of parentheses, but one number tells the "
+            "layers apart. Write (?:...) for the others."
+        )
+    return rule
 
 
 def _axes(axes: object, rule: object) -> Axes:
@@ -218,12 +226,12 @@ def _placed(
     places: dict[str, Place] = {}
     if not rule.containers:
         whole = [_Member(path, path) for path in paths]
-        members = _numbered(pattern, paths, shapes) if rule.numbered else whole
+        members = _numbered(pattern, paths, shapes, masked) if rule.numbered else whole
         _add(places, pattern, pattern, rule, members, shapes, masked)
     rest, start = set(paths), 0
     for container, inner in rule.containers:
         members = _contained(container, inner, paths)
-        if not members and not any(re.fullmatch(f"(?:{container})(/.*)?", path) for path in masked):
+        if not members and not any(_container_of(container, path) for path in masked):
             raise ValueError(
                 f"The container {container!r} of the rule {pattern!r} has no leaf. A container's "
                 "pattern has to match the beginning of its leaves' paths, up to a '/', and the "
@@ -297,35 +305,58 @@ def _axes_of(path: str, shape: Shape, rule: Rule, pattern: str) -> Axes:
     return axes
 
 
-def _numbered(pattern: str, paths: Sequence[str], shapes: Mapping[str, Shape]) -> list[_Member]:
-    """The leaves with the number that tells them apart."""
+def _numbered(
+    pattern: str, paths: Sequence[str], shapes: Mapping[str, Shape], masked: Sequence[str]
+) -> list[_Member]:
+    """The leaves with the number that tells them apart, also from those that are masked."""
     if re.compile(pattern).groups:
         matches = [(path, re.fullmatch(pattern, path)) for path in paths]
         return [
             _captured(path, found)
-            if found and found[1] is not None and f"0{found[1]}".isdigit()
+            if found and found[1] is not None and f"0{found[1]}".isdecimal()
             else _unnumbered(path, pattern, shapes)
             for path, found in matches
         ]
-    keys = [path.split("/") for path in paths]
-    ends = [[numbered_key(key) for key in path] for path in keys]
-    levels = range(max(map(len, ends), default=0))
-    numbers = [{path[level][1] for path in ends if level < len(path)} for level in levels]
-    varying = [level for level in levels if len(numbers[level]) > 1]
-    constant = [level for level in levels if numbers[level] != {None}]
-    if not varying and not constant:
-        return [_unnumbered(path, pattern, shapes) for path in paths]
-    level = (varying or constant)[0]
-    stems = {path[level][0] for path in ends if level < len(path) and path[level][1] is not None}
+    hidden = [path for path in masked if re.fullmatch(pattern, path)]
+    level = _level_of_numbers(pattern, [*paths, *hidden], shapes)
+    keys = {path: [*path.split("/"), *[""] * level] for path in paths}
+    ends = {path: numbered_key(keys[path][level]) for path in paths}
+    stems = {stem for stem, number in ends.values() if number is not None}
     members = []
-    for path, split, end in zip(paths, keys, ends, strict=True):
-        stem, number = end[level] if level < len(end) else ("", None)
+    for path, (stem, number) in ends.items():
         if number is None and stem not in stems:
             members.append(_unnumbered(path, pattern, shapes))
-        template = "/".join([*split[:level], f"{stem}*"])
-        tensor = "/".join([template, *split[level + 1 :]])
+        template = "/".join([*keys[path][:level], f"{stem}*"])
+        tensor = "/".join([template, *path.split("/")[level + 1 :]])
         members.append(_Member(path, tensor, number or 0, template))
     return members
+
+
+def _level_of_numbers(pattern: str, paths: Sequence[str], shapes: Mapping[str, Shape]) -> int:
+    """The place in the paths of the key whose number tells layers apart: the first that varies."""
+    keys = [path.split("/") for path in paths]
+    levels = itertools.zip_longest(*keys, fillvalue="")
+    numbers = [{numbered_key(key)[1] for key in level} for level in levels]
+    varying = [level for level, found in enumerate(numbers) if len(found) > 1]
+    numbered = [level for level, found in enumerate(numbers) if found != {None}]
+    if not numbered:
+        _unnumbered(paths[0], pattern, shapes)
+    for above in range((varying or numbered)[0]):
+        key = keys[0][above]
+        if above in numbered and not re.search(f"(^|/){re.escape(key)}(/|$)", pattern):
+            below = keys[0][varying[0]]
+            raise ValueError(
+                f"{paths[0]} {shapes.get(paths[0], '')} has several numbers, and the rule "
+                f"{pattern!r} does not say which one tells layers, that in {key!r} or that in "
+                f"{below!r}. Put it in parentheses: {key!r} would be "
+                f"{_parenthesised(key)!r}."
+            )
+    return (varying or numbered)[0]
+
+
+def _parenthesised(key: str) -> str:
+    stem, number = numbered_key(key)
+    return key[: len(key) - len(str(number))] + r"(\d+)" if number is not None else stem
 
 
 def _captured(path: str, match: re.Match[str]) -> _Member:
@@ -338,7 +369,7 @@ def _unnumbered(path: str, pattern: str, shapes: Mapping[str, Shape]) -> _Member
     raise ValueError(
         f"{path} {shapes.get(path, '')} has no number at the end of a key that would tell its "
         f"layer, as the rule {pattern!r} says. Narrow the pattern, put the number in parentheses, "
-        "or give the axis of stacked layers."
+        r"as (\d*) if the first layer has none, or give the axis of stacked layers."
     )
 
 
@@ -346,19 +377,23 @@ def _contained(container: str, rule: Rule, paths: Sequence[str]) -> list[_Member
     """The leaves below a container, which may be several that differ in a number."""
     inside = {}
     for path in paths:
-        keys = path.split("/")
-        for end in range(1, len(keys) + 1):
-            if re.fullmatch(container, "/".join(keys[:end])):
-                inside[path] = ("/".join(keys[:end]), "/".join(keys[end:]))
-                break
+        name = _container_of(container, path)
+        if name:
+            inside[path] = (name, path[len(name) + 1 :])
     names = sorted({name for name, _ in inside.values()})
     if len(names) < 2 or not rule.numbered:
         return [_Member(path, tensor) for path, (_, tensor) in inside.items()]
-    found = {member.path: member for member in _numbered(container, names, {})}
+    found = {member.path: member for member in _numbered(container, names, {}, ())}
     return [
         _Member(path, tensor, found[name].number, found[name].template)
         for path, (name, tensor) in inside.items()
     ]
+
+
+def _container_of(container: str, path: str) -> str:
+    """The beginning of a path that the pattern of a container matches; empty if none does."""
+    beginnings = itertools.accumulate(path.split("/"), "{}/{}".format)
+    return next((name for name in beginnings if re.fullmatch(container, name)), "")
 
 
 def _numbers(
@@ -403,8 +438,10 @@ def check_tensors(source: str, places: Mapping[str, Place], shapes: Mapping[str,
                 "tensor of different layers. Correct its axes, or narrow its pattern."
             )
         for layer in place.layers:
-            twin = held.setdefault((place.group, place.tensor, layer), path)
-            if twin != path:
+            key = (place.group, place.tensor, layer)
+            twin = held.get(key)
+            held[key] = path
+            if twin is not None:
                 raise ValueError(
                     f"{path} {shapes[path]} and {twin} {shapes[twin]} are both layer {layer} of "
                     f"{place.tensor!r} by {source}. Give each stack a rule of its own, "

@@ -147,10 +147,10 @@ class Family:
         return all(len(shapes) == len(self.members) for shapes in self.tensors.values())
 
     @property
-    def are_copies(self) -> bool:
-        """Whether all the siblings have the same tensors, of the same shapes."""
-        same = all(len(set(shapes.values())) == 1 for shapes in self.tensors.values())
-        return self.is_uniform and same
+    def uneven(self) -> str:
+        """A tensor that has not the same shape in all the siblings that have it, if there is one."""
+        uneven = (name for name, shapes in self.tensors.items() if len(set(shapes.values())) > 1)
+        return next(uneven, "")
 
     def tensor(self, member: Node, leaf: Known) -> str:
         """Which of a sibling's tensors a leaf is; tensors of other shapes are others."""
@@ -163,9 +163,6 @@ class Family:
         first, *_, last = [*self.members, *self.members]
         if first > 1 or len(self.members) != last - first + 1:
             return "their numbers have holes"
-        for tensor, shapes in self.tensors.items():
-            if len(set(shapes.values())) > 1:
-                return f"{tensor} has not the same shape in all of them"
         if any(
             len(leaf.shape) > 1 and leaf.is_norm
             for node in self.members.values()
@@ -228,7 +225,8 @@ def blocks_within(family: Family) -> list[Family]:
             for inner in families_of(node)
             if (inner.is_list or is_layer_name(inner.name))
             and len(inner.members) > 1
-            and inner.are_copies
+            and inner.is_uniform
+            and not inner.uneven
             and next(iter(inner.members.values())).is_block
         ]
         nodes += [child for child in node.children.values() if not child.is_leaf]

@@ -21,7 +21,7 @@ from depthsmooth.axes import Origin, Span, spans_of
 from depthsmooth.composition import Composition
 from depthsmooth.counters import Loop
 from depthsmooth.layout import Depth, DepthNotFoundError, Leaf
-from depthsmooth.places import Place, Shape, common_path, path_string, shape_of
+from depthsmooth.places import Place, Shape, common_path, leaves_of, shape_of
 from depthsmooth.siblings import (
     Family,
     Known,
@@ -83,9 +83,8 @@ def trace_depth(
             f"trace_depth takes the function first, then params, but {type(fn).__name__} can't be "
             "called."
         )
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(params)
-    leaves = [leaf for _, leaf in keyed]
-    paths = [path_string(keys) for keys, _ in keyed]
+    leaves, treedef = jax.tree_util.tree_flatten(params)
+    paths = [path for path, _ in leaves_of(params)[0]]
 
     def of_leaves(leaves: Sequence[jax.Array], /, *args: object, **kwargs: object) -> object:
         return fn(jax.tree_util.tree_unflatten(treedef, leaves), *args, **kwargs)

@@ -10,7 +10,7 @@ from depthsmooth import stencil
 from depthsmooth.finding import find_depth
 from depthsmooth.layout import Depth
 from depthsmooth.operators import Operator, window
-from depthsmooth.places import is_masked, path_string
+from depthsmooth.places import is_masked, nodes_of
 
 
 class SmoothOverDepthState(NamedTuple):
@@ -101,9 +101,8 @@ def _apply(
     operator: Operator, count: jax.Array, depth: Depth, updates: optax.Updates
 ) -> optax.Updates:
     """The updates, mixed along each track of the layout."""
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_masked)
-    leaves = [leaf for _, leaf in keyed]
-    index = {path_string(keys): k for k, (keys, leaf) in enumerate(keyed) if not is_masked(leaf)}
+    leaves, treedef = jax.tree_util.tree_flatten(updates, is_leaf=is_masked)
+    index = {path: k for k, (path, leaf) in enumerate(nodes_of(updates)) if not is_masked(leaf)}
     zero = jnp.minimum(count, 0)
     stencils: dict[tuple[int, ...], stencil.Stencil] = {}
     for track in depth.tracks:

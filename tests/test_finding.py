@@ -195,7 +195,7 @@ AMBIGUOUS = {
     ),
     "a hole": ({f"block_{i}": block() for i in (0, 1, 3)}, r"block_0.*holes.*numbered\(\)"),
     "other shapes": (
-        {f"block_{i}": block(width=4 + i) for i in range(3)},
+        {f"block_{i}": block(width=4 + i // 2) for i in range(3)},
         r"has not the same shape in all of them",
     ),
     "copies or layers": ({f"critic_{i}": block() for i in range(3)}, r"copies side by side"),

@@ -12,6 +12,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import depthsmooth as ds
+from depthsmooth.places import leaves_of, path_string
 from tests import reference
 
 X = jax.random.normal(jax.random.key(0), (2, 8))
@@ -24,8 +25,7 @@ def assert_smoothed(updates, params, depth):
     mixed, _ = jax.jit(tx.update)(updates, tx.init(params))
 
     def arrays(tree):
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {ds.places.path_string(keys): np.asarray(leaf) for keys, leaf in leaves}
+        return {path: np.asarray(leaf) for path, leaf in leaves_of(tree)[0]}
 
     before, after = arrays(updates), arrays(mixed)
     for track in depth.tracks:
@@ -154,7 +154,7 @@ def test_linen_unrolled_train_state():
     smooth = ds.smooth_over_depth(ALPHA, depth=depth)
     by_itself = ds.smooth_over_depth(ALPHA)
     labels = jax.tree_util.tree_map_with_path(
-        lambda keys, _: "rest" if "Dense_1" in ds.places.path_string(keys) else "smooth", params
+        lambda keys, _: "rest" if "Dense_1" in path_string(keys) else "smooth", params
     )
     mask = jax.tree.map(lambda label: label == "smooth", labels)
     results = []

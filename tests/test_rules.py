@@ -31,9 +31,29 @@ def test_numbered_by_the_first_number_that_differs_or_the_captured_one(pattern):
     assert found == {f"block_{i}/Dense_{j}": (i,) for i in range(11) for j in range(2)}
 
 
-def test_a_number_that_is_the_same_everywhere_is_passed_over():
+def test_a_number_that_the_pattern_says_is_passed_over():
     params = {"model_2": {f"Gemma4Layer_{i}": ones(4) for i in range(3)}}
-    assert set(layers({".*": numbered()}, params).values()) == {(0,), (1,), (2,)}
+    assert set(layers({"model_2/.*": numbered()}, params).values()) == {(0,), (1,), (2,)}
+    with pytest.raises(
+        ValueError, match=r"that in 'model_2' or that in 'Gemma4Layer_0'.*'model_\(\\\\d\+\)'"
+    ):
+        layers({".*": numbered()}, params)
+
+
+def test_parts_of_the_only_layer_that_is_there_are_no_layers():
+    """Neither where the other layers are masked, nor where there is but one."""
+    params = {f"block_{i}": {f"Dense_{j}": ones(4) for j in range(2)} for i in range(3)}
+    masked = params | {f"block_{i}": optax.MaskedNode() for i in range(2)}
+    hidden = {key: dict.fromkeys(block, optax.MaskedNode()) for key, block in params.items()}
+    hidden["block_2"] = params["block_2"]
+    for tree in masked, hidden:
+        assert set(layers({"block_.*": numbered()}, tree).values()) == {(2,)}
+    with pytest.raises(
+        ValueError, match=r"block_0/Dense_0 \(4,\) has several numbers.*parentheses"
+    ):
+        layers({"block_.*": numbered()}, {"block_0": params["block_0"]})
+    only = layers({r"block_(\d+)/.*": numbered()}, {"block_0": params["block_0"]})
+    assert set(only.values()) == {(0,)}
 
 
 def test_another_number_by_parentheses():
