@@ -113,6 +113,11 @@ def find_depth(params: optax.Params, *, metadata: bool = True, known: Depth | No
       left alone                     1           8
       left alone: head (4, 2)
     """
+    if not isinstance(known, Depth | None):
+        raise ValueError(
+            f"known is a {type(known).__name__}, but has to be a Depth, like "
+            "Depth.from_rules({pattern: rule})."
+        )
     arrays = _leaves_with_names(params, metadata)
     leaves = [Known(path, shape_of(array), names) for path, array, names in arrays]
     said = Depth() if known is None else known.resolve(params)
@@ -249,7 +254,8 @@ class _Search:
     def _doubt(self, family: Family, why: str, grave: bool) -> None:
         leaves = [leaf for node in family.members.values() for leaf in node.leaves]
         self.reasons |= {leaf.path: why for leaf in leaves}
-        self.doubts.append(_Doubt(family.pattern, leaves[0], why, ("numbered()",), grave))
+        readings = () if family.uneven else ("numbered()",)
+        self.doubts.append(_Doubt(family.pattern, leaves[0], why, readings, grave))
 
     def _doubt_stack(self, node: Node, why: str) -> None:
         norms = {len(leaf.shape) for leaf in node.leaves if leaf.is_norm}

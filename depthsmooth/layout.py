@@ -207,6 +207,15 @@ class Depth(Mapping[str, Place]):
         one, two = self._among(other.leaves), other._among(self.leaves)
         groups = one._groups & two._groups
         twice = [leaf for leaf in one.leaves if leaf.path in one and leaf.path in two]
+        if (
+            one.leaves
+            and two.leaves
+            and not {leaf.path for leaf in one.leaves} & {leaf.path for leaf in two.leaves}
+        ):
+            raise ValueError(
+                f"The two Depths were made of different trees: {one.leaves[0]} is in one, "
+                f"{two.leaves[0]} in the other. Make both from the tree that the optimizer gets."
+            )
         if twice or groups:
             both = str(twice[0]) if twice else f"A group named {min(groups)!r}"
             raise ValueError(
@@ -242,17 +251,18 @@ class Depth(Mapping[str, Place]):
           >>> params = {f"block_{i}": jnp.ones((4, 4)) for i in range(3)} | {"head": jnp.ones(4)}
           >>> depth = Depth.from_rules({"block.*": rules_.numbered()}).resolve(params)
           >>> print(depth.explain("block_1"))
-          block_1 (4, 4) is layer 1 of 3 of the group 'block.*', found by rule. It is mixed with
+          block_1 (4, 4) is layer 1 of 3 of the group 'block.*', found by rule. Its neighbours are
           block_0 (layer 0), block_2 (layer 2).
           >>> print(depth.explain("head"))
           head (4,) is left alone: no rule matches it.
         """
         leaves = {leaf.path: leaf for leaf in self.leaves}
         if path not in leaves:
+            shapes = {leaf.path: leaf.shape for leaf in self.leaves}
             hint = (
                 "Resolve it first: depth.resolve(params)."
                 if self.rules
-                else f"It has {some(named({p: leaf.shape for p, leaf in leaves.items()}, path))}."
+                else f"It has {some(named(shapes, path), 5)}."
             )
             raise ValueError(f"There is no leaf {path!r} in this Depth. {hint}")
         leaf = leaves[path]
@@ -265,12 +275,15 @@ class Depth(Mapping[str, Place]):
             f"{place.group!r}{axes}, found by {place.found_by}."
         )
         [track] = [track for track in self.tracks if path in track.paths]
-        others = [
+        beside = {layer + step for layer in place.layers for step in (-1, 1)}
+        neighbours = [
             f"{other} ({_layers_name(at.layers)})"
             for other, at in zip(track.paths, track.places, strict=True)
-            if other != path
+            if other != path and beside & set(at.layers)
         ]
-        return f"{first} It is mixed with\n{some(others)}." if others else first
+        if neighbours:
+            return f"{first} Its neighbours are\n{some(neighbours)}."
+        return first if len(place.layers) > 1 else f"{first} It has no neighbour."
 
     def to_json(self) -> str:
         """The Depth as JSON, for a file beside a checkpoint; :meth:`from_json` reads it."""
@@ -381,8 +394,9 @@ def _check_shape(leaf: Leaf, place: Place, shapes: Mapping[str, Shape]) -> None:
     if leaf.path not in shapes:
         raise ValueError(
             f"{leaf} has a place in this Depth, but is not in the tree, whose leaves are "
-            f"{some(named(shapes))}. Make the Depth from the same tree that the optimizer is "
-            "given."
+            f"{some(named(shapes, leaf.path))}. Make the Depth from the same tree that the "
+            "optimizer is given: with an inner tree by "
+            "trace_depth(lambda p, x: model.apply({'params': p}, x), params['params'], x)."
         )
     shape = shapes[leaf.path]
     layers = len(place.layers)

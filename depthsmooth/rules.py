@@ -118,7 +118,7 @@ def sequence(*containers: str | tuple[str, RuleLike]) -> Rule:
     """
     if not containers:
         raise ValueError("sequence() needs the patterns of its containers, in the order of depth.")
-    pairs = [(part, Rule(numbered=True)) if isinstance(part, str) else part for part in containers]
+    pairs = [(part, Rule()) if isinstance(part, str) else part for part in containers]
     for pair in pairs:
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise ValueError(
@@ -230,7 +230,7 @@ def _placed(
         _add(places, pattern, pattern, rule, members, shapes, masked)
     rest, start = set(paths), 0
     for container, inner in rule.containers:
-        members = _contained(container, inner, paths)
+        members = _contained(container, inner, paths, shapes)
         if not members and not any(_container_of(container, path) for path in masked):
             raise ValueError(
                 f"The container {container!r} of the rule {pattern!r} has no leaf. A container's "
@@ -373,7 +373,9 @@ def _unnumbered(path: str, pattern: str, shapes: Mapping[str, Shape]) -> _Member
     )
 
 
-def _contained(container: str, rule: Rule, paths: Sequence[str]) -> list[_Member]:
+def _contained(
+    container: str, rule: Rule, paths: Sequence[str], shapes: Mapping[str, Shape]
+) -> list[_Member]:
     """The leaves below a container, which may be several that differ in a number."""
     inside = {}
     for path in paths:
@@ -381,13 +383,38 @@ def _contained(container: str, rule: Rule, paths: Sequence[str]) -> list[_Member
         if name:
             inside[path] = (name, path[len(name) + 1 :])
     names = sorted({name for name, _ in inside.values()})
-    if len(names) < 2 or not rule.numbered:
+    if not rule.axes and len(names) == 1:
+        _check_one_layer(container, names[0], rule, inside, shapes)
+    if len(names) < 2 or (rule.axes and not rule.numbered):
         return [_Member(path, tensor) for path, (_, tensor) in inside.items()]
     found = {member.path: member for member in _numbered(container, names, {}, ())}
     return [
         _Member(path, tensor, found[name].number, found[name].template)
         for path, (name, tensor) in inside.items()
     ]
+
+
+def _check_one_layer(
+    container: str,
+    name: str,
+    rule: Rule,
+    inside: Mapping[str, tuple[str, str]],
+    shapes: Mapping[str, Shape],
+) -> None:
+    """Raises if a container that is to be one layer is a list of layers itself."""
+    items: dict[str, dict[str, Shape]] = {}
+    for path, (_, tensor) in inside.items():
+        key, _, rest = tensor.partition("/")
+        items.setdefault(key, {})[rest] = shapes[path]
+    are_alike = len({tuple(sorted(item.items())) for item in items.values()}) == 1
+    is_list = all(map(str.isdecimal, items)) and len(items) > 1 and are_alike
+    unnumbered = rule.numbered and numbered_key(name)[1] is None
+    if is_list or unnumbered:
+        path, numbers = next(iter(inside)), f"{container}/\\d+"
+        raise ValueError(
+            f"{path} {shapes[path]} is in the container {container!r}, which would be one layer, "
+            f"but holds {some(items)}. If these are layers, write r'{numbers}' for it."
+        )
 
 
 def _container_of(container: str, path: str) -> str:

@@ -148,7 +148,7 @@ class Family:
 
     @property
     def uneven(self) -> str:
-        """A tensor that has not the same shape in all the siblings that have it, if there is one."""
+        """A tensor that has not the same shape in all siblings that have it, if there is one."""
         uneven = (name for name, shapes in self.tensors.items() if len(set(shapes.values())) > 1)
         return next(uneven, "")
 

@@ -32,7 +32,7 @@ from depthsmooth.siblings import (
     is_layer_name,
 )
 from depthsmooth.stencil import Axes
-from depthsmooth.walk import Taken, Walk
+from depthsmooth.walk import Piece, Taken, Walk
 
 if TYPE_CHECKING:
     from jax.extend import core  # its import takes 50 ms
@@ -85,6 +85,13 @@ def trace_depth(
         )
     leaves, treedef = jax.tree_util.tree_flatten(params)
     paths = [path for path, _ in leaves_of(params)[0]]
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, complex | float | int):
+            raise ValueError(
+                f"{path} is a {type(leaf).__name__}, but the parameters have to be arrays: the "
+                "tree that the optimizer is given, like state.params of a TrainState, or "
+                "eqx.filter(model, eqx.is_inexact_array)."
+            )
 
     def of_leaves(leaves: Sequence[jax.Array], /, *args: object, **kwargs: object) -> object:
         return fn(jax.tree_util.tree_unflatten(treedef, leaves), *args, **kwargs)
@@ -93,13 +100,7 @@ def trace_depth(
     walk.function(_jaxpr_of(of_leaves, leaves, args, kwargs), len(leaves))
     placing = _Placing(walk, paths, [shape_of(leaf) for leaf in leaves])
     if not placing.places:
-        raise DepthNotFoundError(
-            f"None of the {len(paths)} parameters, like {paths[0]} {shape_of(leaves[0])}, holds "
-            "layers that this function composes, in a loop or as numbered siblings one after "
-            "another. If there are layers, say where with Depth.from_rules({'.*/layers/.*': axis})."
-            if paths
-            else "There are no parameters. Give trace_depth the tree that the optimizer is given."
-        )
+        raise DepthNotFoundError(_nothing_found(placing, paths, leaves, bool(walk.first_met)))
     alone = "it is no layer of a loop, and no sibling of another"
     return Depth(
         tuple(
@@ -108,6 +109,31 @@ def trace_depth(
             else Leaf(path, shape_of(leaf), None, placing.reasons.get(index, alone))
             for index, (path, leaf) in enumerate(zip(paths, leaves, strict=True))
         )
+    )
+
+
+def _nothing_found(
+    placing: _Placing, paths: Sequence[str], leaves: Sequence[jax.Array], are_used: bool
+) -> str:
+    """What to do about a function that composes no layers: with what speaks against each."""
+    if not paths:
+        return "There are no parameters. Give trace_depth the tree that the optimizer is given."
+    if not are_used:
+        return (
+            f"The function does nothing with any parameter, like {paths[0]} {shape_of(leaves[0])}. "
+            "Give it as fn(params, *args), with these as its first argument."
+        )
+    examples = {why: leaf for leaf, why in sorted(placing.reasons.items(), reverse=True)}
+    reasons = [
+        f"{paths[leaf]} {shape_of(leaves[leaf])} is left alone: {why}."
+        for why, leaf in sorted(examples.items(), key=lambda example: example[1])
+    ]
+    return (
+        f"No parameter, like {paths[0]} {shape_of(leaves[0])}, certainly holds layers that this "
+        "function composes, in a loop or as numbered siblings one after another. "
+        f"{' '.join([*reasons[:4], ''])}If there are layers, say where: "
+        "Depth.from_rules({'.*/layers/.*': axis}) if they are stacked, "
+        "Depth.from_rules({'.*block_.*': numbered()}) if each has leaves of its own."
     )
 
 
@@ -197,6 +223,10 @@ class _Placing:
             else:
                 self.reasons[leaf] = "the loops that take slices of it do not compose them"
         for leaves in _groups({leaf: stack.anywhere for leaf, stack in stacks.items()}):
+            if all(self._is_taken_further(leaf, stacks[leaf].axes) for leaf in leaves):
+                why = "loops run over some of its layers, and indices over others"
+                self.reasons |= dict.fromkeys(leaves, why)
+                continue
             group = self._name(leaves)
             turns = self._turns(leaves, stacks)
             for leaf in leaves:
@@ -259,6 +289,17 @@ class _Placing:
             (when < min(in_loops)) != ((index < start) != along.backwards)
             for index, when in beside
             if in_loops and not start <= index < stop
+        )
+
+    def _is_taken_further(self, leaf: int, axes: Axes) -> bool:
+        """Whether layers are also taken by themselves, along an axis beside those of the loops."""
+        taken: dict[int, list[Piece]] = {}
+        for piece in self._composition.pieces.get(leaf, []):
+            for axis, _ in piece[1]:
+                taken.setdefault(axis, []).append(piece)
+        return any(
+            axis not in axes and len(pieces) > 1 and self._composition.is_chain(pieces)
+            for axis, pieces in taken.items()
         )
 
     def _turns(self, leaves: Sequence[int], stacks: Mapping[int, _Stack]) -> dict[int, _Turn]:

@@ -73,8 +73,8 @@ def smooth_over_depth(
     operator = window(alpha)
     if not isinstance(depth, Depth | None):
         raise ValueError(
-            f"depth is {depth!r}, but has to be a Depth: from trace_depth(loss_fn, params, batch), "
-            "or from Depth.from_rules({'.*/layers/.*': 0})."
+            f"depth is a {type(depth).__name__}, but has to be a Depth: from "
+            "trace_depth(loss_fn, params, batch), or from Depth.from_rules({'.*/layers/.*': 0})."
         )
 
     def depth_of(tree: optax.Params) -> Depth:

@@ -166,7 +166,57 @@ def test_siblings_without_a_tensor_that_others_have():
     assert runs["layers_0/mlp/kernel"] == (4,)
 
 
+DENSE = {f"Dense_{i}": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)} for i in range(2)}
+SIDE_BY_SIDE = {
+    "players": {f"player_{i}": DENSE for i in range(2)},
+    "experts that are numbered": {f"expert_layer_{i}": DENSE for i in range(4)},
+    "heads of tasks": {f"output_block_{i}": DENSE for i in range(4)},
+    "stages of a U-Net": {
+        f"down_blocks_{i}": {f"resnets_{j}": DENSE for j in range(2)} for i in range(3)
+    },
+}
+
+
+@pytest.mark.parametrize("params", SIDE_BY_SIDE.values(), ids=SIDE_BY_SIDE.keys())
+def test_what_may_be_side_by_side_is_no_layers(params):
+    with pytest.raises(AmbiguousDepthError, match=r"its siblings may be layers, or copies"):
+        find_depth(params)
+    beside = params | {f"block_{i}": block() for i in range(3)}
+    depth = find_depth(beside)
+    assert {path.partition("/")[0] for path in depth} == {"block_0", "block_1", "block_2"}
+
+
+def test_what_else_is_numbered_does_not_stop_it():
+    params = {f"encoderblock_{i}": block() for i in range(3)}
+    head = {f"layers_{i}": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)} for i in (0, 2)}
+    features = {"conv_layers": [block(width=2 + (i > 0)) for i in range(4)]}
+    depth = find_depth(params | {"head": head} | features)
+    assert {path.partition("/")[0] for path in depth} == set(params)
+    assert "not the same shape" in depth.explain("conv_layers/0/attn/kernel")
+    assert "holes" in depth.explain("head/layers_0/kernel")
+
+
+def test_layers_that_may_hold_layers_are_not_certain():
+    swin = {f"layers_{i}": {f"blocks_{j}": block() for j in range(2)} for i in range(3)}
+    with pytest.raises(AmbiguousDepthError, match=r"hold what may be layers, layers_\d/blocks_\*"):
+        find_depth(swin)
+    widths = {
+        f"layers_{i}": {f"blocks_{j}": block(width=4 << i) for j in range(2)} for i in range(3)
+    }
+    assert {place.group for place in find_depth(widths).values()} == {
+        f"layers_{i}/blocks_*" for i in range(3)
+    }
+
+
 NOT_LAYERS = {
+    "experts that are stacked": {
+        "moe_layer": {
+            "experts": {
+                "wi": {"kernel": jnp.ones((8, 4, 6)), "bias": jnp.ones((8, 6))},
+                "wo": {"kernel": jnp.ones((8, 6, 4)), "bias": jnp.ones((8, 4))},
+            }
+        }
+    },
     "numbered parts of one block": {
         "Block": {f"Dense_{i}": {"kernel": jnp.ones((4, 4))} for i in range(2)},
     },
@@ -196,7 +246,7 @@ AMBIGUOUS = {
     "a hole": ({f"block_{i}": block() for i in (0, 1, 3)}, r"block_0.*holes.*numbered\(\)"),
     "other shapes": (
         {f"block_{i}": block(width=4 + i // 2) for i in range(3)},
-        r"has not the same shape in all of them",
+        r"has not the same shape in all of its siblings; the rule is \{.*: \(\)\} if not",
     ),
     "copies or layers": ({f"critic_{i}": block() for i in range(3)}, r"copies side by side"),
     "small steps": (
@@ -229,6 +279,17 @@ def test_what_is_known_settles_a_refusal(rule, axes):
         "encoder/mlp/kernel",
         "encoder/norm/scale",
     }
+
+
+def test_refuses_to_know_what_is_no_depth():
+    with pytest.raises(ValueError, match=r"known is a dict, but has to be a Depth"):
+        find_depth({"encoder": block(6)}, known={"encoder/.*": 0})
+
+
+def test_leaves_that_are_no_arrays_are_left_alone():
+    params = {f"block_{i}": block() | {"act": jax.nn.relu} for i in range(3)}
+    assert "block_0/act" not in find_depth(params)
+    assert len(find_depth(params)) == 9
 
 
 def test_doubts_beside_certain_layers_do_not_stop_it():

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from depthsmooth import Depth, Place
+from depthsmooth import Depth, Place, numbered
+from depthsmooth.places import leaves_of
 
 PARAMS = {
     "embed": jnp.ones((8, 4)),
@@ -96,7 +97,10 @@ def test_masked_leaves_may_be_all_that_a_rule_matches():
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"params": PARAMS}, r"layers/bias \(6, 4\) has a place .* not in the tree.*params/embed"),
+        (
+            {"params": PARAMS},
+            r"layers/bias \(6, 4\) has a place .* not in the tree.*params/layers/bias",
+        ),
         (
             PARAMS | {"layers": {"kernel": PARAMS["layers"]["kernel"]}},
             r"layers/bias \(6, 4\) has a place .* not in the tree",
@@ -160,11 +164,38 @@ def test_joined_depths_place_no_leaf_twice():
         layers | layers
 
 
-def test_joined_depths_keep_their_groups_apart():
+def test_joined_depths_are_of_one_tree():
     encoder = Depth.from_rules({".*": 0}).resolve({"encoder": jnp.ones((6, 4))})
     decoder = Depth.from_rules({".*": 0}).resolve({"decoder": jnp.ones((6, 4))})
-    with pytest.raises(ValueError, match=r"A group named '\.\*' is in both"):
+    with pytest.raises(ValueError, match=r"different trees: encoder \(6, 4\) is in one, decoder"):
         encoder | decoder
+
+
+def test_explains_which_layers_are_next():
+    params = {f"block_{i}": {"w": jnp.ones(4)} for i in range(5)}
+    for i in (0, 1, 3, 4):
+        params[f"block_{i}"]["x"] = jnp.ones(4)
+    depth = Depth.from_rules({r"block_(\d+)/.*": numbered()}).resolve(params)
+    assert depth.explain("block_2/w").endswith("block_1/w (layer 1), block_3/w (layer 3).")
+    assert depth.explain("block_1/x").endswith("Its neighbours are\nblock_0/x (layer 0).")
+    alone = Depth.from_rules({r"block_(\d+)/.*": numbered()}).resolve(
+        {"block_0": params["block_0"]}
+    )
+    assert alone.explain("block_0/x").endswith("It has no neighbour.")
+
+
+def test_a_key_that_is_called_value_is_no_box():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Attention:
+        query: jax.Array
+        value: jax.Array
+
+    params = {"layers": Attention(jnp.ones((3, 4)), nn.Partitioned(jnp.ones((3, 4)), ()))}
+    assert [path for path, _ in leaves_of(params)[0]] == ["layers/query", "layers/value"]
+    depth = Depth.from_rules({"layers/.*": 0}).resolve(params)
+    plain = {"layers": Attention(jnp.ones((3, 4)), jnp.ones((3, 4)))}
+    assert list(depth.resolve(plain)) == ["layers/query", "layers/value"]
 
 
 def test_truth():

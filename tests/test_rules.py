@@ -159,6 +159,22 @@ def test_masked_layers_leave_no_hole(hidden):
             {"block_1": ones(4), "block_01": ones(4), "block_0": ones(4)},
             r"block_1 \(4,\) and block_01 \(4,\) are both layer 1|block_01.*are both layer 1",
         ),
+        (
+            {".*": sequence("in", "out")},
+            {"in": [{"w": ones(4)}] * 3, "out": [{"w": ones(4)}] * 3},
+            r"in/0/w \(4,\) is in the container 'in', .* one layer, but holds 0, 1, 2.*r'in/\\d\+'",
+        ),
+        (
+            {".*": sequence(("in", numbered()), ("out", numbered()))},
+            {"in": {"w": ones(4)}, "out": {"w": ones(4)}},
+            r"in/w \(4,\) is in the container 'in', .* one layer, but holds w",
+        ),
+        ({"b_(.)": numbered()}, {"b_²": ones(2), "b_1": ones(2)}, r"b_² \(2,\) has no number"),
+        (
+            {r"b(?:_(\d+))?": numbered()},
+            {"b": ones(2), "b_1": ones(2)},
+            r"b \(2,\) has no number .*as \(\\d\*\) if the first layer has none",
+        ),
         ({".*": (0, -3)}, {"w": ones(4, 4, 4)}, r"w \(4, 4, 4\) has the axes \(0, -3\) twice"),
         (
             {".*": sequence("a", "b")},
@@ -196,6 +212,10 @@ def test_refuses_with_path_shape_and_remedy(rules, params, message):
         (lambda: sequence("("), r"'\(' is no regular expression"),
         (lambda: sequence(("a", sequence("b"))), r"cannot be a container of another"),
         (lambda: interleaved("0"), r"has the axis '0'"),
+        (
+            lambda: Depth.from_rules({r"stage_(\d+)/block_(\d+)": numbered()}),
+            r"several pairs of parentheses.*\(\?:\.\.\.\)",
+        ),
         (lambda: Depth.from_rules({"a": (0, "b")}), r"'a' has the axis \(0, 'b'\)"),
     ],
 )
@@ -216,10 +236,26 @@ def test_json_round_trip():
     assert again.explain("head") == depth.explain("head")
 
 
+def place_json(axis, layers, pattern="a"):
+    place = f'{{"group":"g","tensor":"t","axes":[{axis}],"layers":{layers},"found_by":"rule"}}'
+    rule = f'["{pattern}",{{"axes":[0],"numbered":false,"containers":[]}}]'
+    leaf = f'{{"path":"a","shape":[3],"place":{place},"reason":""}}'
+    return f'{{"leaves":[{leaf}],"rules":[{rule}]}}'
+
+
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"leaves": 3}', '{"leaves": [{}], "rules": []}', "null"]
+    "text",
+    [
+        *("", "{", "[]", '{"leaves": 3}', '{"leaves": [{}], "rules": []}', "null"),
+        place_json(7, [0, 1, 2]),
+        place_json(0, [0, 1]),
+        place_json(0, [5, 5, 5]),
+        place_json(0, [-1, 0, 1]),
+        place_json(0, [0, 1, 2], pattern="("),
+    ],
 )
 def test_refuses_json_that_is_no_depth(text):
+    assert Depth.from_json(place_json(0, [0, 1, 2]))
     with pytest.raises(ValueError, match=r"not a Depth in JSON"):
         Depth.from_json(text)
 
@@ -230,6 +266,18 @@ def test_explains_unknown_paths_and_rules():
         depth.explain("block_0")
     with pytest.raises(ValueError, match=r"no leaf 'block_3/Dense'.*block_3/Dense_0 \(4, 4\)"):
         depth.resolve(BLOCKS).explain("block_3/Dense")
+
+
+def test_a_container_may_have_flags_of_its_own():
+    rules = {".*": sequence(("(?i)IN", 0), "mid")}
+    found = layers(rules, {"in": {"w": optax.MaskedNode()}, "mid": {"w": ones(2)}})
+    assert found == {"mid/w": (1,)}
+
+
+def test_numbers_are_leaves_too():
+    assert layers({"b_.*": numbered()}, {"b_0": 1.0, "b_1": 2.0}) == {"b_0": (0,), "b_1": (1,)}
+    with pytest.raises(ValueError, match=r"b_0 \(\) is of type function"):
+        layers({"b_.*": numbered()}, {"b_0": ones, "b_1": ones})
 
 
 def test_a_resolved_depth_refuses_layers_of_other_shapes():

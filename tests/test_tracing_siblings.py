@@ -1,0 +1,263 @@
+"""trace_depth on layers with leaves of their own, and on all that merely looks like them."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from depthsmooth import DepthNotFoundError, trace_depth
+
+WIDTH = 4
+
+
+def float32(*shape):
+    return jax.ShapeDtypeStruct(shape, "float32")
+
+
+X = float32(2, WIDTH)
+
+
+def block(*lead, **more):
+    return {"wi": float32(*lead, WIDTH, WIDTH), "wo": float32(*lead, WIDTH, WIDTH), **more}
+
+
+def apply(x, p):
+    return x + jax.nn.relu(x @ p["wi"]) @ p["wo"]
+
+
+def apply_all(x, blocks):
+    for p in blocks:
+        x = apply(x, p)
+    return x
+
+
+def stack(trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def numbered(count, **more):
+    return {f"block_{i}": block(**more) for i in range(count)}
+
+
+def in_order(p):
+    return [p[f"block_{i}"] for i in range(len(p))]
+
+
+def layers_of(fn, params, *args, grad=False):
+    """For each leaf that is placed its group and layers; nothing if there is none."""
+    followed = jax.grad(lambda *args: fn(*args).sum()) if grad else fn
+    try:
+        depth = trace_depth(followed, params, *(args or (X,)))
+    except DepthNotFoundError:
+        return {}
+    return {path: (place.group, place.layers) for path, place in depth.items()}
+
+
+def modulated(p, x, condition):
+    """As in a DiT: what modulates the blocks comes from one product for all of them."""
+    kernels = jnp.stack([block["ada"] for block in in_order(p)])
+    shifts = jnp.einsum("bd,lde->lbe", condition, kernels)
+    for shift, weights in zip(shifts, in_order(p), strict=True):
+        x = apply(x + shift, weights)
+    return x
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "grad"])
+def test_tensors_that_are_used_all_at_once_do_not_upset_the_order(grad):
+    params = numbered(12, ada=float32(WIDTH, WIDTH))
+    found = layers_of(modulated, params, X, X, grad=grad)
+    assert found == {
+        f"block_{i}/{name}": ("block_*", (i,)) for i in range(12) for name in ("wi", "wo", "ada")
+    }
+
+
+def test_blocks_that_share_only_some_tensors():
+    """Attention and convolution in turn, as in a hybrid: each kind has every other layer."""
+    kinds = [{"attn": float32(WIDTH, WIDTH)}, {"conv": float32(WIDTH, WIDTH)}]
+    params = [kinds[i % 2] for i in range(6)]
+
+    def forward(p, x):
+        for layer in p["layers"]:
+            x = x + jnp.tanh(x @ next(iter(layer.values())))
+        return x
+
+    found = layers_of(forward, {"layers": params})
+    assert [layers for _, layers in found.values()] == [(i,) for i in range(6)]
+
+
+NOT_LAYERS = {
+    "blocks that are stacked and scanned": (
+        lambda p, x: jax.lax.scan(lambda x, w: (apply(x, w), None), x, stack(in_order(p)))[0],
+        numbered(12),
+    ),
+    "experts in a list": (
+        lambda p, x: x + jax.vmap(apply, (None, 0))(x, stack(p["experts"])).sum(0),
+        {"experts": [block() for _ in range(4)]},
+    ),
+    "critics in a list": (
+        lambda p, x: jax.vmap(apply, (None, 0))(x, stack(p["critics"])).min(0),
+        {"critics": [block() for _ in range(3)]},
+    ),
+    "experts in blocks_i": (
+        lambda p, x: x + sum(apply(x, w) for w in in_order(p)),
+        numbered(4),
+    ),
+    "a generator and a discriminator": (
+        lambda p, x: apply(apply(x, p[0]), p[1]),
+        (block(), block()),
+    ),
+    "an encoder, a block and a decoder": (
+        lambda p, x: apply(x @ p[0]["w"], p[1]) @ p[2]["w"],
+        [{"w": float32(WIDTH, WIDTH)}, block(), {"w": float32(WIDTH, WIDTH)}],
+    ),
+    "stages of the same width": (
+        lambda p, x: apply_all(apply_all(x, p["layers"][0]["blocks"]), p["layers"][1]["blocks"]),
+        {"layers": [{"blocks": [block() for _ in range(3)]} for _ in range(2)]},
+    ),
+    "stacks one after another": (
+        lambda p, x: jax.lax.scan(
+            lambda x, w: (apply(x, w), None),
+            x,
+            jax.tree.map(lambda *w: jnp.concatenate(w), *p["blocks"]),
+        )[0],
+        {"blocks": [block(6) for _ in range(3)]},
+    ),
+    "a matrix for each of the two parts of a layer": (
+        lambda p, x: x + jax.nn.relu(x @ p["ffn"][0]) @ p["ffn"][1],
+        {"ffn": float32(2, WIDTH, WIDTH)},
+    ),
+    "a table of vectors": (
+        lambda p, x: (x * p["table"][0] + p["table"][1]) * p["table"][2],
+        {"table": float32(3, WIDTH)},
+    ),
+    "a loop over groups, with a Python loop inside": (
+        lambda p, x: jax.lax.scan(
+            lambda x, w: (jnp.tanh(jnp.tanh(x @ w[0]) @ w[1]), None), x, p["layers"]
+        )[0],
+        {"layers": float32(3, 2, WIDTH, WIDTH)},
+    ),
+    "a Python loop over groups, with a loop inside": (
+        lambda p, x: jax.lax.scan(
+            lambda x, w: (jnp.tanh(x @ w), None),
+            jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["layers"][0])[0],
+            p["layers"][1],
+        )[0],
+        {"layers": float32(2, 3, WIDTH, WIDTH)},
+    ),
+    "rows of a matrix": (
+        lambda p, x: jax.lax.fori_loop(
+            0, WIDTH, lambda i, y: y.at[i].set(x[0, i] - p["lower"][i] @ y), jnp.zeros(WIDTH)
+        ),
+        {"lower": float32(WIDTH, WIDTH)},
+    ),
+    "residual codebooks": (
+        lambda p, x: jax.lax.scan(
+            lambda x, codes: (x - codes[jnp.argmax(x @ codes.T, -1)], None), x, p["codebooks"]
+        )[0],
+        {"codebooks": float32(3, 7, WIDTH)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_LAYERS)
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "grad"])
+def test_is_left_alone(name, grad):
+    fn, params = NOT_LAYERS[name]
+    assert layers_of(fn, params, grad=grad) == {}
+
+
+def test_lists_of_layers_within_lists():
+    """The layers are what repeats: neither encoder and decoder, nor embedding, blocks and head."""
+    blocks = [block() for _ in range(4)]
+
+    def both(p, x):
+        return apply_all(apply_all(x, p[0]), p[1])
+
+    def around(p, x):
+        return apply_all(x @ p[0], p[1]) @ p[2]
+
+    expected = {f"{i}/{w}": (i,) for i in range(4) for w in ("wi", "wo")}
+    found = layers_of(both, (blocks, blocks))
+    assert found == {
+        f"{side}/{path}": (f"{side}/*", layers)
+        for side in range(2)
+        for path, layers in expected.items()
+    }
+    found = layers_of(around, (float32(WIDTH, WIDTH), blocks, float32(WIDTH, 2)))
+    assert found == {f"1/{path}": ("1/*", layers) for path, layers in expected.items()}
+
+
+def test_stages_of_other_widths_hold_the_layers():
+    params = {
+        "stages": [
+            {
+                "layers": [{"w": float32(size, size)} for _ in range(3)],
+                "down": float32(size, 2 * size),
+            }
+            for size in (4, 8)
+        ]
+    }
+
+    def forward(p, x):
+        for stage in p["stages"]:
+            for layer in stage["layers"]:
+                x = x + jnp.tanh(x @ layer["w"])
+            x = x @ stage["down"]
+        return x
+
+    found = layers_of(forward, params)
+    assert found == {
+        f"stages/{s}/layers/{i}/w": (f"stages/{s}/layers/*", (i,))
+        for s in range(2)
+        for i in range(3)
+    }
+
+
+def test_small_stacks_within_blocks_are_parts_of_them():
+    def forward(p, x):
+        for w in in_order(p):
+            x = x + (x * w["ln"][0]) @ w["wi"]
+            x = x + (x * w["ln"][1]) @ w["wo"]
+        return x
+
+    found = layers_of(forward, numbered(4, ln=float32(2, WIDTH)))
+    assert found["block_3/ln"] == ("block_*", (3,))
+    assert len(found) == 12
+
+
+def test_parts_of_a_scanned_block_are_no_turns():
+    """Their shapes differ, and they are no blocks: both are tensors of each layer."""
+    parts = {
+        "layers_0": {"kernel": float32(5, WIDTH, 8)},
+        "layers_1": {"kernel": float32(5, 8, WIDTH)},
+    }
+
+    def forward(p, x):
+        def body(x, w):
+            return x + jnp.tanh(x @ w["layers_0"]["kernel"]) @ w["layers_1"]["kernel"], None
+
+        return jax.lax.scan(body, x, p["blocks"])[0]
+
+    depth = trace_depth(forward, {"blocks": parts}, X)
+    assert {place.layers for place in depth.values()} == {tuple(range(5))}
+    assert depth.resolve({"blocks": parts}) == depth
+
+
+@pytest.mark.parametrize(
+    ("fn", "params", "message"),
+    [
+        (
+            lambda p, x: apply_all(x, [p[f"stage_{i}"] for i in range(3)]),
+            {f"stage_{i}": block() for i in range(3)},
+            r"stage_0/wi \(4, 4\) is left alone: its siblings are not named.*'\.\*block_\.\*'",
+        ),
+        (lambda p, x: x, numbered(3), r"does nothing with any parameter, like block_0/wi \(4, 4\)"),
+        (
+            lambda p, x: x,
+            {"layers": {"w": float32(4), "act": jax.nn.relu}},
+            r"layers/act is a \w+, but .* arrays.*eqx\.filter",
+        ),
+    ],
+)
+def test_says_why_nothing_was_found(fn, params, message):
+    with pytest.raises(ValueError, match=message):
+        trace_depth(fn, params, X)
