@@ -83,8 +83,8 @@ class _Doubt:
 def find_depth(params: optax.Params, *, metadata: bool = True, known: Depth | None = None) -> Depth:
     """Finds where depth is from a parameter tree alone, or refuses to guess.
 
-    Prefer :func:`depthsmooth.trace_depth`, which is exact: names can be misread.
-    Only paths, shapes and dtypes are read.
+    Prefer :func:`depthsmooth.trace_depth`, which sees what the model does with its
+    parameters: names can be misread. Only paths, shapes and dtypes are read.
 
     Args:
       params: the tree that the optimizer will be given: arrays or
@@ -135,8 +135,7 @@ def find_depth(params: optax.Params, *, metadata: bool = True, known: Depth | No
         raise AmbiguousDepthError(
             f"Depth is not certain. {' '.join(map(str, doubts[:4]))} Say which with "
             "find_depth(params, known=Depth.from_rules({pattern: rule})), or let "
-            "trace_depth(fn, params, batch) follow the parameters through the forward pass: it is "
-            "exact.",
+            "trace_depth(fn, params, batch) follow the parameters through the forward pass.",
             {doubt.pattern: doubt.readings for doubt in doubts},
         )
     if leaves and not search.places and not said:
