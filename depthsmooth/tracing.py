@@ -400,9 +400,10 @@ class _Placing:
             if in_full and self._composition.is_chain(pieces):
                 container = self._paths[leaf].rpartition("/")[0]
                 found.setdefault((size, container), {})[leaf] = (axis, order)
-        for (size, container), leaves in found.items():
+        for (size, _), leaves in found.items():
             matrices = any(len(self._shapes[leaf]) > 2 for leaf in leaves)
-            is_named = any(map(is_layer_name, container.split("/")))
+            keys = {key for leaf in leaves for key in self._paths[leaf].split("/")}
+            is_named = any(map(is_layer_name, keys))
             if not matrices or not (is_named or len(leaves) > 1 or size > 2):
                 why = "its slices compose, but they may be parts of a layer"
                 self.reasons |= dict.fromkeys(leaves, why)

@@ -208,6 +208,16 @@ def test_layers_that_may_hold_layers_are_not_certain():
     }
 
 
+def test_parts_of_a_block_that_are_named_layers():
+    unlike = {"layer": [{"q": jnp.ones((4, 4)), "o": jnp.ones((4, 4))}, block()]}
+    perceptron = {f"layers_{i}": {"kernel": jnp.ones((4, 4))} for i in range(2)}
+    for one in (unlike, perceptron):
+        params = {f"block_{i}": one for i in range(3)}
+        depth = find_depth(params)
+        assert {place.group for place in depth.values()} == {"block_*"}
+        assert len(depth) == len(jax.tree.leaves(params))
+
+
 NOT_LAYERS = {
     "experts that are stacked": {
         "moe_layer": {
@@ -246,7 +256,7 @@ AMBIGUOUS = {
     "a hole": ({f"block_{i}": block() for i in (0, 1, 3)}, r"block_0.*holes.*numbered\(\)"),
     "other shapes": (
         {f"block_{i}": block(width=4 + i // 2) for i in range(3)},
-        r"has not the same shape in all of its siblings; the rule is \{.*: \(\)\} if not",
+        r"has not the same shape in all of its siblings; the rule is \{[^}]*: \(\)\} if not",
     ),
     "copies or layers": ({f"critic_{i}": block() for i in range(3)}, r"copies side by side"),
     "small steps": (

@@ -274,6 +274,12 @@ def test_a_container_may_have_flags_of_its_own():
     assert found == {"mid/w": (1,)}
 
 
+def test_a_container_may_be_a_list_of_unlike_parts():
+    params = {"in": [{"q": ones(4)}, {"wi": ones(4)}], "out": [{"q": ones(4)}, {"wi": ones(4)}]}
+    found = layers({".*": sequence("in", "out")}, params)
+    assert found == {"in/0/q": (0,), "in/1/wi": (0,), "out/0/q": (1,), "out/1/wi": (1,)}
+
+
 def test_numbers_are_leaves_too():
     assert layers({"b_.*": numbered()}, {"b_0": 1.0, "b_1": 2.0}) == {"b_0": (0,), "b_1": (1,)}
     with pytest.raises(ValueError, match=r"b_0 \(\) is of type function"):

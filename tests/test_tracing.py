@@ -438,9 +438,7 @@ def test_loops_over_other_things(fn, grad):
         return fn(p, jnp.tanh(x @ p["embed"])).sum()
 
     params = PARAMS | {"embed": float32(4, 4)}
-    with pytest.raises(
-        DepthNotFoundError, match=r"No parameter, like b \(3, 4\).*from_rules"
-    ):
+    with pytest.raises(DepthNotFoundError, match=r"No parameter, like b \(3, 4\).*from_rules"):
         trace_depth(jax.grad(loss) if grad else loss, params, X)
 
 

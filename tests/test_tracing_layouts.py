@@ -174,6 +174,7 @@ OUT_OF_ORDER = {
     "halves, each from its end": (
         lambda p, x: scan(scan(x, p["w"][:3], reverse=True), p["w"][3:], reverse=True)
     ),
+    "halves in opposite directions": lambda p, x: scan(scan(x, p["w"][:3]), p["w"][3:][::-1]),
     "halves that overlap": lambda p, x: scan(scan(x, p["w"][:4]), p["w"][2:]),
     "the even ones, then the odd ones": lambda p, x: scan(scan(x, p["w"][::2]), p["w"][1::2]),
     "a stack that is rolled": lambda p, x: scan(x, jnp.roll(p["w"], 2, axis=0)),

@@ -30,6 +30,18 @@ def apply_all(x, blocks):
     return x
 
 
+def down(x, blocks):
+    for p in blocks:
+        x = jnp.tanh(x @ p["down"])
+    return x
+
+
+def up(x, blocks):
+    for p in reversed(blocks):
+        x = jnp.tanh(x @ p["up"])
+    return x
+
+
 def stack(trees):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
@@ -143,6 +155,13 @@ NOT_LAYERS = {
         )[0],
         {"layers": float32(2, 3, WIDTH, WIDTH)},
     ),
+    "blocks that are passed down and up again": (
+        lambda p, x: up(down(x, in_order(p)), in_order(p)),
+        {
+            f"block_{i}": {"down": float32(WIDTH, WIDTH), "up": float32(WIDTH, WIDTH)}
+            for i in range(4)
+        },
+    ),
     "rows of a matrix": (
         lambda p, x: jax.lax.fori_loop(
             0, WIDTH, lambda i, y: y.at[i].set(x[0, i] - p["lower"][i] @ y), jnp.zeros(WIDTH)
@@ -186,9 +205,10 @@ def test_lists_of_layers_within_lists():
     assert found == {f"1/{path}": ("1/*", layers) for path, layers in expected.items()}
 
 
-def test_stages_of_other_widths_hold_the_layers():
+@pytest.mark.parametrize("outer", ["stages", "layers"])
+def test_stages_of_other_widths_hold_the_layers(outer):
     params = {
-        "stages": [
+        outer: [
             {
                 "layers": [{"w": float32(size, size)} for _ in range(3)],
                 "down": float32(size, 2 * size),
@@ -198,7 +218,7 @@ def test_stages_of_other_widths_hold_the_layers():
     }
 
     def forward(p, x):
-        for stage in p["stages"]:
+        for stage in p[outer]:
             for layer in stage["layers"]:
                 x = x + jnp.tanh(x @ layer["w"])
             x = x @ stage["down"]
@@ -206,7 +226,7 @@ def test_stages_of_other_widths_hold_the_layers():
 
     found = layers_of(forward, params)
     assert found == {
-        f"stages/{s}/layers/{i}/w": (f"stages/{s}/layers/*", (i,))
+        f"{outer}/{s}/layers/{i}/w": (f"{outer}/{s}/layers/*", (i,))
         for s in range(2)
         for i in range(3)
     }
@@ -217,11 +237,35 @@ def test_small_stacks_within_blocks_are_parts_of_them():
         for w in in_order(p):
             x = x + (x * w["ln"][0]) @ w["wi"]
             x = x + (x * w["ln"][1]) @ w["wo"]
+            for k in range(3):
+                x = jnp.tanh(x @ w["mlp"][k])
         return x
 
-    found = layers_of(forward, numbered(4, ln=float32(2, WIDTH)))
-    assert found["block_3/ln"] == ("block_*", (3,))
-    assert len(found) == 12
+    found = layers_of(forward, numbered(4, ln=float32(2, WIDTH), mlp=float32(3, WIDTH, WIDTH)))
+    assert found["block_3/ln"] == found["block_3/mlp"] == ("block_*", (3,))
+    assert len(found) == 16
+
+
+def test_layers_named_like_parts_of_a_block():
+    """A perceptron's layers within blocks, and the two unlike layers of each of T5's blocks."""
+
+    def perceptron(x, w):
+        return x + jnp.tanh(x @ w["layers_0"]["kernel"]) @ w["layers_1"]["kernel"]
+
+    def two_layers(x, w):
+        x = x + jnp.tanh(x @ w["layer"][0]["q"]) @ w["layer"][0]["o"]
+        return x + jnp.tanh(x @ w["layer"][1]["wi"]) @ w["layer"][1]["wo"]
+
+    square = float32(WIDTH, WIDTH)
+    dense = {"layers_0": {"kernel": square}, "layers_1": {"kernel": square}}
+    t5 = {"layer": [{"q": square, "o": square}, {"wi": square, "wo": square}]}
+    for fn, one in ((perceptron, dense), (two_layers, t5)):
+        params = {f"block_{i}": one for i in range(3)}
+        found = layers_of(
+            lambda p, x, fn=fn: fn(fn(fn(x, p["block_0"]), p["block_1"]), p["block_2"]), params
+        )
+        assert {group for group, _ in found.values()} == {"block_*"}
+        assert len(found) == len(jax.tree.leaves(params))
 
 
 def test_parts_of_a_scanned_block_are_no_turns():
