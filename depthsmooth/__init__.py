@@ -2,7 +2,19 @@
 
 from depthsmooth.finding import AmbiguousDepthError, find_depth
 from depthsmooth.layout import Depth, DepthNotFoundError, Leaf, Track
-from depthsmooth.operators import window
+from depthsmooth.operators import (
+    compose,
+    diffusion,
+    ema,
+    exponential,
+    from_kernel,
+    from_matrix,
+    mean,
+    operator_matrix,
+    sharpen,
+    shuffled,
+    window,
+)
 from depthsmooth.places import Place
 from depthsmooth.rules import Rule, interleaved, numbered, sequence
 from depthsmooth.tracing import trace_depth
@@ -19,10 +31,20 @@ __all__ = [
     "Rule",
     "SmoothOverDepthState",
     "Track",
+    "compose",
+    "diffusion",
+    "ema",
+    "exponential",
     "find_depth",
+    "from_kernel",
+    "from_matrix",
     "interleaved",
+    "mean",
     "numbered",
+    "operator_matrix",
     "sequence",
+    "sharpen",
+    "shuffled",
     "smooth_over_depth",
     "trace_depth",
     "window",

@@ -80,6 +80,50 @@ def exists(offsets: tuple[int, ...], layers: int) -> np.ndarray:
     return mask
 
 
+def matrix_of(stencil: Stencil) -> np.ndarray | jax.Array:
+    """The operator as a matrix of shape ``(L, L)``.
+
+    Example:
+      >>> matrix_of(Stencil((-1, 1), np.array([[0, 0.5], [1, 0]])))
+      array([[0. , 1. ],
+             [0.5, 0. ]])
+    """
+    known = all(isinstance(row, np.ndarray) for row in stencil.weights)
+    numeric = np if known else jnp
+    matrix: np.ndarray | jax.Array = numeric.zeros((stencil.layers, stencil.layers))
+    for offset, row in zip(stencil.offsets, stencil.weights, strict=True):
+        places = np.array(
+            [neighbour == i + offset for i, neighbour in enumerate(stencil.neighbours(offset))]
+        )
+        matrix = matrix + numeric.where(places, row, 0)[:, None] * np.eye(stencil.layers, k=offset)
+    return matrix
+
+
+def stencil_of(matrix: np.ndarray | jax.Array, radius: int | None = None) -> Stencil:
+    """The operator of a matrix: the main diagonal, and others that are not known to be 0.
+
+    Args:
+      matrix: of shape ``(L, L)``.
+      radius: how far from the middle one there are diagonals, if that is known.
+
+    Example:
+      >>> stencil_of(np.array([[1, 0, 1], [0, 1, 0], [0, 0, 1]])).offsets
+      (0, 2)
+    """
+    layers = len(matrix)
+    farthest = min(layers - 1, layers if radius is None else radius)
+    offsets, rows = [], []
+    for offset in range(-farthest, farthest + 1):
+        diagonal = matrix.diagonal(offset)
+        ends = (max(0, -offset), max(0, offset))
+        if offset == 0 or not isinstance(diagonal, np.ndarray) or diagonal.any():
+            offsets.append(offset)
+            numeric = np if isinstance(diagonal, np.ndarray) else jnp
+            rows.append(numeric.pad(diagonal, ends))
+    known = isinstance(matrix, np.ndarray)
+    return Stencil(tuple(offsets), np.array(rows).reshape(-1, layers) if known else rows)
+
+
 def join(stencils: Sequence[Stencil]) -> Stencil:
     """The block-diagonal operator: each stencil on layers of its own, one after another.
 

@@ -278,10 +278,10 @@ def test_dtypes_are_kept(dtype):
     "alpha", [-0.1, 1, 1.0, float("nan"), float("inf"), True, np.float32(1.5), np.int64(-1)]
 )
 def test_refuses_alpha_out_of_range(alpha):
-    with pytest.raises(ValueError, match=r"alpha is .* needs 0 <= alpha < 1"):
+    with pytest.raises(ValueError, match=r"alpha is .* has to be in 0 <= alpha < 1"):
         ds.smooth_over_depth(alpha, depth=DEPTH)
     tx = ds.smooth_over_depth(lambda count: alpha, depth=DEPTH)
-    with pytest.raises(ValueError, match=r"alpha is .* needs 0 <= alpha < 1"):
+    with pytest.raises(ValueError, match=r"alpha is .* has to be in 0 <= alpha < 1"):
         jax.jit(tx.update)(updates(), tx.init(updates()))
 
 
