@@ -204,18 +204,12 @@ class _Search:
         if not family.repeats:
             return False
         are_blocks = any(node.is_block for node in members)
-        inner = [inner.group for inner in blocks_within(family) if is_layer_name(inner.name)]
-        if family.misfit or inner:
-            why = family.misfit or f"its siblings hold what may be layers, {inner[0]}, themselves"
-            self._doubt(family, why, grave=is_named and are_blocks)
+        why, grave = _doubt_of(family)
+        if why:
+            self._doubt(family, why, grave and are_blocks)
             return is_named
-        if family.uneven or not (are_blocks or parts):
-            why = (
-                f"{family.uneven} has not the same shape in all of its siblings"
-                if family.uneven
-                else "its siblings may be layers, or steps within one"
-            )
-            self._doubt(family, why, grave=False)
+        if not (are_blocks or parts):
+            self._doubt(family, "its siblings may be layers, or steps within one", grave=False)
             return True
         first = next(iter(family.members))
         for number, node in family.members.items():
@@ -253,7 +247,9 @@ class _Search:
     def _doubt(self, family: Family, why: str, grave: bool) -> None:
         leaves = [leaf for node in family.members.values() for leaf in node.leaves]
         self.reasons |= {leaf.path: why for leaf in leaves}
-        readings = () if family.uneven else ("numbered()",)
+        # Of the others a number alone would not make layers.
+        can_be = not (family.misfit or family.uneven or family.strangers)
+        readings = ("numbered()",) if can_be else ()
         self.doubts.append(_Doubt(family.pattern, leaves[0], why, readings, grave))
 
     def _doubt_stack(self, node: Node, why: str) -> None:
@@ -282,6 +278,19 @@ class _Search:
                 self._doubt_stack(node, why)
 
 
+def _doubt_of(family: Family) -> tuple[str, bool]:
+    """Why a family may not be the layers of one stack, if so; and whether that is grave."""
+    if family.misfit:
+        return family.misfit, True
+    for inner in blocks_within(family):
+        return f"its siblings hold what may be layers, {inner.group}, themselves", True
+    if family.uneven:
+        return f"{family.uneven} has not the same shape in all of its siblings", False
+    if family.strangers:
+        return f"{family.strangers[0].path} has nothing in common with its siblings", True
+    return "", False
+
+
 def _has_layers(node: Node) -> bool:
     """Whether layers are below, so that the node's siblings are copies of a whole model."""
     return any(
@@ -298,9 +307,10 @@ def _common_axes(node: Node) -> dict[str, Axes] | str | None:
     telling = [leaf for leaf in leaves if not is_beside(leaf, node)]
     norms = {len(leaf.shape) for leaf in telling if leaf.is_norm}
     vectors = {len(leaf.shape) for leaf in telling if leaf.is_vector}
-    if not vectors:
+    if not vectors or min(vectors) == 1:
         return None
-    if min(vectors) == 1:
+    if not norms:
+        # The bias of a projection onto several heads has two axes, without a stack.
         return None
     if len(norms) > 1 or min(vectors) > 2:
         return "it is stacked along several axes, whose order the tree does not tell"
@@ -349,7 +359,13 @@ def _dealt(node: Node) -> dict[str, tuple[int, str]] | str:
     """In a stack of blocks in turn, each leaf's place in the pattern, and its tensor."""
     while len(node.children) == 1 and not node.is_leaf:
         [node] = node.children.values()
-    families = [family for family in families_of(node) if len(family.members) > 1]
+    families = [
+        family
+        for family in families_of(node)
+        if len(family.members) > 1
+        and family.repeats
+        and next(iter(family.members.values())).is_block
+    ]
     for family in families:
         if len(family.members) == len(node.children) and (
             is_layer_name(family.name) and not next(iter(node.children)).isdigit()
@@ -387,7 +403,7 @@ def _leaves_with_names(
 
 def _axis_names(box: object) -> tuple[object, ...] | None:
     """The axis names of a Flax box: ``names`` in linen, metadata of a variable in nnx."""
-    names = getattr(box, "names", None)
+    names = getattr(box, "names", None) if hasattr(box, "unbox") else None
     if names is None and hasattr(box, "get_metadata"):
         metadata = box.get_metadata()
         names = metadata.get("out_sharding") or metadata.get("sharding_names")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import re
@@ -141,6 +142,21 @@ class Family:
         """Whether two of the siblings have a tensor alike."""
         return any(len(set(shapes.values())) < len(shapes) for shapes in self.tensors.values())
 
+    @functools.cached_property
+    def strangers(self) -> list[Node]:
+        """Siblings that share no tensor with another, like a stem or a head among blocks."""
+        copies = {
+            (name, shape)
+            for name, shapes in self.tensors.items()
+            for shape, count in collections.Counter(shapes.values()).items()
+            if count > 1
+        }
+        return [
+            node
+            for node in self.members.values()
+            if not any((node.inside(leaf), leaf.shape) in copies for leaf in node.leaves)
+        ]
+
     @property
     def is_uniform(self) -> bool:
         """Whether all the siblings have the same tensors, if not of the same shapes."""
@@ -163,12 +179,18 @@ class Family:
         first, *_, last = [*self.members, *self.members]
         if first > 1 or len(self.members) != last - first + 1:
             return "their numbers have holes"
+        unnumbered = numbered_key(self.members[first].key)[0]
+        if first == 1 and unnumbered in self.parent.children:
+            return f"{unnumbered} may be the first of them, but is not like them"
         if any(
             len(leaf.shape) > 1 and leaf.is_norm
             for node in self.members.values()
             for leaf in node.leaves
         ) or any(leaf.layer_axes for node in self.members.values() for leaf in node.leaves):
             return "each of them is a stack: they may alternate, or follow one another"
+        ranks = {len(leaf.shape) for node in self.members.values() for leaf in node.leaves}
+        if min(ranks) > 1 and max(ranks) > 2:
+            return "each of them may be a stack: no tensor of theirs has one axis"
         return ""
 
 
@@ -244,7 +266,7 @@ def are_block_parts(families: Sequence[Family]) -> bool:
     counts = {tuple(family.members) for family in families}
     return (
         len(counts) == 1
-        and len(counts.pop()) > 1
+        and len(counts.pop()) > 2
         and any(word.startswith(("attn", "attention")) for word in words)
         and any(word.startswith(("mlp", "ff", "feed")) for word in words)
     )
@@ -255,7 +277,7 @@ def nesting_of(name: str) -> int | None:
     words = words_of(name)
     if "repeats" in words or "repeat" in words:
         return 0
-    if "layers" in words or "layer" in words or "blocks" in words:
+    if "layers" in words or words == ["layer"]:
         return 2 if "per" in words else 1
     return None
 
@@ -269,9 +291,12 @@ def is_layer_name(key: str) -> bool:
 
 _BESIDE = frozenset(
     word + ending
-    for word in ("critic", "ensemble", "expert", "head", "member", "output", "task")
+    for word in (
+        *("adapter", "agent", "branch", "codebook", "critic", "ensemble", "exit", "expert"),
+        *("head", "lateral", "member", "output", "quantizer", "task", "tower"),
+    )
     for ending in ("", "s")
-) | {"down", "up"}
+) | {"aux", "down", "fpn", "modality", "pyramid", "side", "skip", "up"}
 """Words for what is side by side rather than one after another, or the stages of a U-Net."""
 
 

@@ -223,8 +223,8 @@ class _Placing:
             else:
                 self.reasons[leaf] = "the loops that take slices of it do not compose them"
         for leaves in _groups({leaf: stack.anywhere for leaf, stack in stacks.items()}):
-            if all(self._is_taken_further(leaf, stacks[leaf].axes) for leaf in leaves):
-                why = "loops run over some of its layers, and indices over others"
+            why = self._doubt_of(leaves, stacks)
+            if why:
                 self.reasons |= dict.fromkeys(leaves, why)
                 continue
             group = self._name(leaves)
@@ -291,8 +291,21 @@ class _Placing:
             if in_loops and not start <= index < stop
         )
 
+    def _doubt_of(self, leaves: Sequence[int], stacks: Mapping[int, _Stack]) -> str:
+        """Why the layers of a group may not be those that loops take slices of, if so."""
+        depths = {len(stacks[leaf].loops) for leaf in leaves}
+        if len(depths) > 1 and any(
+            len(stacks[leaf].loops) > len(stacks[leaf].axes) > 0 for leaf in leaves
+        ):
+            return "loops within loops run over one axis of it, and other layers are beside them"
+        if any(self._is_taken_further(leaf, stacks[leaf].axes) for leaf in leaves):
+            return "loops run over some of its layers, and indices over others"
+        return ""
+
     def _is_taken_further(self, leaf: int, axes: Axes) -> bool:
-        """Whether layers are also taken by themselves, along an axis beside those of the loops."""
+        """Whether matrices are also taken by themselves, along an axis beside those of loops."""
+        if len(self._shapes[leaf]) < len(axes) + 3:
+            return False
         taken: dict[int, list[Piece]] = {}
         for piece in self._composition.pieces.get(leaf, []):
             for axis, _ in piece[1]:
@@ -314,7 +327,8 @@ class _Placing:
         for family in families_of(node):
             members = list(family.members.values())
             whole = sum(len(member.leaves) for member in members) == len(leaves)
-            if not (whole and is_layer_name(family.name) and members[0].is_block):
+            are_blocks = members[0].is_block and family.repeats
+            if not (whole and is_layer_name(family.name) and are_blocks):
                 continue
             ordered = self._composition.in_order(members) if len(members) > 1 else None
             for j, member in enumerate(ordered or []):
@@ -361,7 +375,9 @@ class _Placing:
             return is_named and members[0].is_block
         if not family.repeats:
             return False
-        ordered = self._composition.in_order(members)
+        # What comes before and after the layers in one list with them is none of them.
+        layers = [member for member in members if member not in family.strangers]
+        ordered = self._composition.in_order(layers)
         inner = [
             inner
             for inner in blocks_within(family)
@@ -374,7 +390,9 @@ class _Placing:
             why = "its siblings do not compose"
         elif inner:
             why = f"its siblings hold what may be layers, {inner[0].group}, themselves"
-        elif not (is_named or parts) and not (family.is_uniform and len(members) > 2):
+        elif not (is_named or parts) and not (
+            family.is_uniform and len(members) > 2 and not members[0].is_leaf
+        ):
             why = "its siblings, a list that is not named after layers, may be parts of a network"
         if why or ordered is None:
             self.reasons |= {self._index[leaf.path]: why for m in members for leaf in m.leaves}

@@ -196,6 +196,52 @@ def test_what_else_is_numbered_does_not_stop_it():
     assert "holes" in depth.explain("head/layers_0/kernel")
 
 
+DOUBTFUL = {
+    "a stem and a norm in one list": (
+        {"layers": [{"kernel": jnp.ones((3, 4))}, block(), block(), {"scale": jnp.ones(4)}]},
+        r"layers/0 has nothing in common",
+    ),
+    "stacks without a norm": (
+        {f"blocks_{i}": {"wi": jnp.ones((3, 4, 8)), "wo": jnp.ones((3, 8, 4))} for i in range(2)},
+        r"each of them may be a stack",
+    ),
+    "a first block that is unlike": (
+        {"block": block() | {"bias": jnp.ones(4)}, "block_1": block(), "block_2": block()},
+        r"block may be the first of them",
+    ),
+    "lists of lists": (
+        {"block": [[block() for _ in range(2)] for _ in range(2)]},
+        r"hold what may be layers",
+    ),
+}
+
+
+@pytest.mark.parametrize(("params", "message"), DOUBTFUL.values(), ids=DOUBTFUL.keys())
+def test_blocks_that_are_not_certain(params, message):
+    with pytest.raises(AmbiguousDepthError, match=message):
+        find_depth(params)
+
+
+def test_projections_onto_several_heads_are_no_stack():
+    query = {"kernel": jnp.ones((6, 3, 2)), "bias": jnp.ones((3, 2))}
+    params = {f"block_{i}": block() for i in range(2)} | {"query_layer": query}
+    assert {path.partition("/")[0] for path in find_depth(params)} == {"block_0", "block_1"}
+    with pytest.raises(DepthNotFoundError):
+        find_depth({"qkv_layer": {"q": query, "k": query}})
+
+
+def test_parts_of_stacked_blocks_take_no_turns():
+    layer = [{"q": jnp.ones((4, 5, 3)), "norm": {"scale": jnp.ones((4, 3))}} for _ in range(2)]
+    stacked = {"blocks": {"layer_0": layer[0], "layer_1": {"wi": jnp.ones((4, 3, 7))}}}
+    assert {place.layers for place in find_depth(stacked).values()} == {(0, 1, 2, 3)}
+
+
+def test_names_that_are_no_axes():
+    gates = nn.Partitioned(jnp.ones((3, 4, 4)), ("blocks", None, None))
+    params = {f"block_{i}": block() | {"gates": {"w": gates}} for i in range(3)}
+    assert find_depth(params)["block_1/gates/w"].axes == ()
+
+
 def test_layers_that_may_hold_layers_are_not_certain():
     swin = {f"layers_{i}": {f"blocks_{j}": block() for j in range(2)} for i in range(3)}
     with pytest.raises(AmbiguousDepthError, match=r"hold what may be layers, layers_\d/blocks_\*"):
@@ -253,7 +299,10 @@ AMBIGUOUS = {
         {f"blocks_{i}": block(6) for i in range(2)},
         r"each of them is a stack",
     ),
-    "a hole": ({f"block_{i}": block() for i in (0, 1, 3)}, r"block_0.*holes.*numbered\(\)"),
+    "a hole": (
+        {f"block_{i}": block() for i in (0, 1, 3)},
+        r"block_0.*holes; the rule is \{[^}]*: \(\)\} if not",
+    ),
     "other shapes": (
         {f"block_{i}": block(width=4 + i // 2) for i in range(3)},
         r"has not the same shape in all of its siblings; the rule is \{[^}]*: \(\)\} if not",

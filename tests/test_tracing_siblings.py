@@ -30,6 +30,10 @@ def apply_all(x, blocks):
     return x
 
 
+def scan(x, stack):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]
+
+
 def down(x, blocks):
     for p in blocks:
         x = jnp.tanh(x @ p["down"])
@@ -162,6 +166,30 @@ NOT_LAYERS = {
             for i in range(4)
         },
     ),
+    "groups with a norm for each, and a Python loop inside": (
+        lambda p, x: jax.lax.scan(
+            lambda x, w: (jnp.tanh(jnp.tanh(x * w["ln"] @ w["w"][0]) @ w["w"][1]), None),
+            x,
+            p["layers"],
+        )[0],
+        {"layers": {"w": float32(3, 2, WIDTH, WIDTH), "ln": float32(3, WIDTH)}},
+    ),
+    "rounds of layers that are stored along one axis": (
+        lambda p, x: jax.lax.scan(
+            lambda x, w: (jnp.tanh(scan(x, w[0]) @ w[1]), None),
+            x,
+            (p["rec"].reshape(3, 2, WIDTH, WIDTH), p["attn"]),
+        )[0],
+        {"rec": float32(6, WIDTH, WIDTH), "attn": float32(3, WIDTH, WIDTH)},
+    ),
+    "a flat list of weights and biases": (
+        lambda p, x: jnp.tanh(jnp.tanh(jnp.tanh(x @ p[0] + p[1]) @ p[2] + p[3]) @ p[4] + p[5]),
+        [float32(WIDTH, WIDTH), float32(WIDTH)] * 3,
+    ),
+    "a flat list of a block's weights": (
+        lambda p, x: x + jnp.tanh(jnp.tanh(x @ p[0]) @ p[1]) @ p[2] @ p[3],
+        [float32(WIDTH, WIDTH)] * 4,
+    ),
     "rows of a matrix": (
         lambda p, x: jax.lax.fori_loop(
             0, WIDTH, lambda i, y: y.at[i].set(x[0, i] - p["lower"][i] @ y), jnp.zeros(WIDTH)
@@ -266,6 +294,36 @@ def test_layers_named_like_parts_of_a_block():
         )
         assert {group for group, _ in found.values()} == {"block_*"}
         assert len(found) == len(jax.tree.leaves(params))
+
+
+def test_what_is_around_the_layers_in_one_list_is_left_alone():
+    """As in a Sequential of a stem, blocks and a norm."""
+    ends = {"kernel": float32(WIDTH, WIDTH)}, {"scale": float32(WIDTH)}
+    params = {"layers": [ends[0], *[block() for _ in range(3)], ends[1]]}
+
+    def forward(p, x):
+        first, *blocks, last = p["layers"]
+        return apply_all(x @ first["kernel"], blocks) * last["scale"]
+
+    found = layers_of(forward, params)
+    assert found == {
+        f"layers/{i}/{w}": ("layers/*", (i - 1,)) for i in (1, 2, 3) for w in ("wi", "wo")
+    }
+
+
+def test_the_layers_of_a_scanned_block_are_no_turns():
+    """Attention and feed-forward within T5's blocks share no tensor but a norm's shape."""
+    layer = {"layer_0": {"q": float32(5, WIDTH, 6), "o": float32(5, 6, WIDTH)}}
+    layer["layer_1"] = {"wi": float32(5, WIDTH, 6), "wo": float32(5, 6, WIDTH)}
+
+    def forward(p, x):
+        def body(x, w):
+            x = x + jnp.tanh(x @ w["layer_0"]["q"]) @ w["layer_0"]["o"]
+            return x + jnp.tanh(x @ w["layer_1"]["wi"]) @ w["layer_1"]["wo"], None
+
+        return jax.lax.scan(body, x, p["blocks"])[0]
+
+    assert set(layers_of(forward, {"blocks": layer}).values()) == {("blocks", tuple(range(5)))}
 
 
 def test_parts_of_a_scanned_block_are_no_turns():
