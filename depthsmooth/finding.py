@@ -32,10 +32,11 @@ from depthsmooth.siblings import (
     Family,
     Known,
     Node,
+    are_beside,
     besides_layers,
     blocks_within,
     families_of,
-    is_beside,
+    holds_layers,
     is_layer_name,
     nesting_of,
 )
@@ -192,9 +193,12 @@ class _Search:
         leaves = [leaf for node in members for leaf in node.leaves]
         is_named = is_layer_name(family.name)
         if len(members) == 1:
-            for leaf in leaves if is_named else ():
-                self.reasons[leaf.path] = f"{members[0].path} is the only layer of its kind"
-            return is_named and members[0].is_block
+            if not (is_named and members[0].is_block) or holds_layers(members[0]):
+                return False
+            if not self._is_stack(members[0], is_layers=True):
+                why = f"{members[0].path} is the only layer of its kind"
+                self.reasons |= {leaf.path: why for leaf in leaves}
+            return True
         fits = not family.misfit and not family.uneven
         if not is_named and not (parts and fits):
             if fits and members[0].is_block and not _has_layers(members[0]):
@@ -219,12 +223,12 @@ class _Search:
                 )
         return True
 
-    def _is_stack(self, node: Node) -> bool:
+    def _is_stack(self, node: Node, is_layers: bool = False) -> bool:
         """Whether the leaves below are one stack, or may be."""
         name, number = numbered_key(node.key)
         marked = [leaf for leaf in node.leaves if leaf.layer_axes]
-        whole = len(marked) == len(node.leaves) and node.is_block
-        if number is not None or not (is_layer_name(name) or whole):
+        whole = len(marked) == len(node.leaves) and node.is_block and not _has_stacks(node)
+        if not is_layers and (number is not None or not (is_layer_name(name) or whole)):
             return False
         found = _named_axes(node, marked) if marked else _common_axes(node)
         if found is None:
@@ -291,6 +295,13 @@ def _doubt_of(family: Family) -> tuple[str, bool]:
     return "", False
 
 
+def _has_stacks(node: Node) -> bool:
+    """Whether parts of a node are stacks themselves, by name or as several whole blocks."""
+    parts = [child for child in node.children.values() if not child.is_leaf]
+    blocks = [part for part in parts if part.is_block and any(leaf.is_norm for leaf in part.leaves)]
+    return len(blocks) > 1 or any(is_layer_name(numbered_key(part.key)[0]) for part in parts)
+
+
 def _has_layers(node: Node) -> bool:
     """Whether layers are below, so that the node's siblings are copies of a whole model."""
     return any(
@@ -304,7 +315,7 @@ def _common_axes(node: Node) -> dict[str, Axes] | str | None:
     """The one axis that all leaves agree on, why that is not certain, or None if unstacked."""
     leaves = node.leaves
     # What is side by side, like experts, has an axis for that, in vectors too.
-    telling = [leaf for leaf in leaves if not is_beside(leaf, node)]
+    telling = [leaf for leaf in leaves if not are_beside(leaf.keys)]
     norms = {len(leaf.shape) for leaf in telling if leaf.is_norm}
     vectors = {len(leaf.shape) for leaf in telling if leaf.is_vector}
     if not vectors or min(vectors) == 1:

@@ -245,7 +245,7 @@ def blocks_within(family: Family) -> list[Family]:
         found += [
             inner
             for inner in families_of(node)
-            if (inner.is_list or is_layer_name(inner.name))
+            if (inner.is_list or is_layer_name(inner.name) or "transformer" in words_of(inner.name))
             and len(inner.members) > 1
             and inner.is_uniform
             and not inner.uneven
@@ -253,6 +253,12 @@ def blocks_within(family: Family) -> list[Family]:
         ]
         nodes += [child for child in node.children.values() if not child.is_leaf]
     return found
+
+
+def holds_layers(node: Node) -> bool:
+    """Whether a node, though named like a layer, holds more than two copies of a block."""
+    alone = Family(node, node.path, {0: node})
+    return any(len(inner.members) > 2 for inner in blocks_within(alone))
 
 
 def are_block_parts(families: Sequence[Family]) -> bool:
@@ -285,7 +291,8 @@ def nesting_of(name: str) -> int | None:
 def is_layer_name(key: str) -> bool:
     """Whether a key names a block that a network repeats, or the stack of them."""
     words = words_of(key)
-    is_layer = any(re.fullmatch(r".*blocks?|(.*coder|.*former)?layers?", word) for word in words)
+    ends = {words[0], words[-1]} if words else set()
+    is_layer = any(re.fullmatch(r".*blocks?|(.*coder|.*former)?layers?", word) for word in ends)
     return key == "h" or (is_layer and not any(is_norm_word(w) or w in _BESIDE for w in words))
 
 
@@ -293,16 +300,17 @@ _BESIDE = frozenset(
     word + ending
     for word in (
         *("adapter", "agent", "branch", "codebook", "critic", "ensemble", "exit", "expert"),
-        *("head", "lateral", "member", "output", "quantizer", "task", "tower"),
+        *("head", "language", "lateral", "member", "output", "projection", "quantizer", "task"),
+        "tower",
     )
     for ending in ("", "s")
 ) | {"aux", "down", "fpn", "modality", "pyramid", "side", "skip", "up"}
 """Words for what is side by side rather than one after another, or the stages of a U-Net."""
 
 
-def is_beside(leaf: Known, node: Node) -> bool:
-    """Whether a leaf is in a container, below the node, of things that are side by side."""
-    return any(word in _BESIDE for key in leaf.keys[node.level :] for word in words_of(key))
+def are_beside(keys: Sequence[str]) -> bool:
+    """Whether one of the containers with these keys holds what is side by side."""
+    return any(word in _BESIDE for key in keys for word in words_of(key))
 
 
 def is_norm_word(word: str) -> bool:

@@ -29,6 +29,7 @@ from depthsmooth.siblings import (
     besides_layers,
     blocks_within,
     families_of,
+    holds_layers,
     is_layer_name,
 )
 from depthsmooth.stencil import Axes
@@ -372,7 +373,7 @@ class _Placing:
         members = list(family.members.values())
         is_named = is_layer_name(family.name)
         if len(members) == 1:
-            return is_named and members[0].is_block
+            return is_named and members[0].is_block and not holds_layers(members[0])
         if not family.repeats:
             return False
         # What comes before and after the layers in one list with them is none of them.
