@@ -191,7 +191,7 @@ class _Search:
         """Whether a family is layers, or may be: there is nothing more to look for in it."""
         members = list(family.members.values())
         leaves = [leaf for node in members for leaf in node.leaves]
-        is_named = is_layer_name(family.name)
+        is_named = is_layer_name(family.name) and not are_beside(family.container)
         if len(members) == 1:
             if not (is_named and members[0].is_block) or holds_layers(members[0]):
                 return False
@@ -297,6 +297,8 @@ def _doubt_of(family: Family) -> tuple[str, bool]:
 
 def _has_stacks(node: Node) -> bool:
     """Whether parts of a node are stacks themselves, by name or as several whole blocks."""
+    while len(node.children) == 1 and not node.is_leaf:
+        [node] = node.children.values()
     parts = [child for child in node.children.values() if not child.is_leaf]
     blocks = [part for part in parts if part.is_block and any(leaf.is_norm for leaf in part.leaves)]
     return len(blocks) > 1 or any(is_layer_name(numbered_key(part.key)[0]) for part in parts)

@@ -133,6 +133,12 @@ class Family:
         return shapes
 
     @property
+    def container(self) -> list[str]:
+        """The key of what holds them, as a list; empty at the root."""
+        keys = self.parent.path.split("/")
+        return keys[:-1][-1:] if self.is_list else keys[-1:]
+
+    @property
     def is_list(self) -> bool:
         """Whether the siblings have numbers alone for keys."""
         return next(iter(self.members.values())).key.isdigit()
@@ -293,7 +299,13 @@ def is_layer_name(key: str) -> bool:
     words = words_of(key)
     ends = {words[0], words[-1]} if words else set()
     is_layer = any(re.fullmatch(r".*blocks?|(.*coder|.*former)?layers?", word) for word in ends)
-    return key == "h" or (is_layer and not any(is_norm_word(w) or w in _BESIDE for w in words))
+    is_part = len(words) == 2 and words[0] in _PARTS
+    is_other = is_part or any(is_norm_word(word) or word in _BESIDE for word in words)
+    return key == "h" or (is_layer and not is_other)
+
+
+_PARTS = frozenset({"attention", "attn", "ffn", "mlp"})
+"""Words for the parts of a block: AttnBlock_0, MlpBlock_0."""
 
 
 _BESIDE = frozenset(

@@ -26,6 +26,7 @@ from depthsmooth.siblings import (
     Family,
     Known,
     Node,
+    are_beside,
     besides_layers,
     blocks_within,
     families_of,
@@ -391,8 +392,11 @@ class _Placing:
             why = "its siblings do not compose"
         elif inner:
             why = f"its siblings hold what may be layers, {inner[0].group}, themselves"
-        elif not (is_named or parts) and not (
-            family.is_uniform and len(members) > 2 and not members[0].is_leaf
+        elif not (is_named or parts) and (
+            not family.is_uniform
+            or len(members) < 3
+            or members[0].is_leaf
+            or are_beside([family.name])
         ):
             why = "its siblings, a list that is not named after layers, may be parts of a network"
         if why or ordered is None:

@@ -243,8 +243,13 @@ class Walk:
         carry = [
             _Value(number=Number(value.number.start, step, length, loop))
             if step and value.number is not None and value.number.step == 0
+            # What comes back as the very same value is a constant; all else changes.
             else value
-            for value, step in zip(carry, steps, strict=True)
+            if before is after
+            else dataclasses.replace(value, number=None)
+            for value, step, before, after in zip(
+                carry, steps, body.invars[len(consts) :][: len(carry)], body.outvars, strict=False
+            )
         ]
         while True:
             results = self._jaxpr(body, [*consts, *carry, *sliced])

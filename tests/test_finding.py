@@ -170,6 +170,8 @@ DENSE = {f"Dense_{i}": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)} for i i
 SIDE_BY_SIDE = {
     "players": {f"player_{i}": DENSE for i in range(2)},
     "experts that are numbered": {f"expert_layer_{i}": DENSE for i in range(4)},
+    "a pyramid of features": {"fpn": {"layer_blocks": [DENSE for _ in range(4)]}},
+    "attention here and there": {f"AttnBlock_{i}": block() for i in range(3)},
     "heads of tasks": {f"output_block_{i}": DENSE for i in range(4)},
     "stages of a U-Net": {
         f"down_blocks_{i}": {f"resnets_{j}": DENSE for j in range(2)} for i in range(3)
@@ -190,10 +192,10 @@ def test_what_else_is_numbered_does_not_stop_it():
     params = {f"encoderblock_{i}": block() for i in range(3)}
     head = {f"layers_{i}": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)} for i in (0, 2)}
     features = {"conv_layers": [block(width=2 + (i > 0)) for i in range(4)]}
-    depth = find_depth(params | {"head": head} | features)
+    depth = find_depth(params | {"classifier": head} | features)
     assert {path.partition("/")[0] for path in depth} == set(params)
     assert "not the same shape" in depth.explain("conv_layers/0/attn/kernel")
-    assert "holes" in depth.explain("head/layers_0/kernel")
+    assert "holes" in depth.explain("classifier/layers_0/kernel")
 
 
 DOUBTFUL = {
@@ -234,6 +236,27 @@ def test_parts_of_stacked_blocks_take_no_turns():
     layer = [{"q": jnp.ones((4, 5, 3)), "norm": {"scale": jnp.ones((4, 3))}} for _ in range(2)]
     stacked = {"blocks": {"layer_0": layer[0], "layer_1": {"wi": jnp.ones((4, 3, 7))}}}
     assert {place.layers for place in find_depth(stacked).values()} == {(0, 1, 2, 3)}
+
+
+def test_stacks_side_by_side_are_groups_of_their_own():
+    def named(tree):
+        return jax.tree.map(
+            lambda leaf: nn.Partitioned(leaf, ("layers", *[None] * (leaf.ndim - 1))), tree
+        )
+
+    for names in (("encoder", "decoder"), ("dense_layers", "moe_layers")):
+        params = {"model": {name: named(block(4)) for name in names}}
+        assert {place.group for place in find_depth(params).values()} == {
+            f"model/{name}" for name in names
+        }
+
+
+def test_layers_within_what_is_numbered_by_itself():
+    blocks = {f"encoderblock_{i}": block() for i in range(3)}
+    octo = {"BlockTransformer_0": {"Transformer_0": blocks}}
+    assert {place.layers for place in find_depth(octo).values()} == {(0,), (1,), (2,)}
+    haiku = {"__layer_stack_no_per_layer_1": block(5), "head": jnp.ones((4, 2))}
+    assert {place.axes for place in find_depth(haiku).values()} == {(0,)}
 
 
 def test_names_that_are_no_axes():

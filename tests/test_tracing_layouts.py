@@ -201,6 +201,20 @@ OUT_OF_ORDER = {
             0, 5, lambda i, x: layer(x, p["w"][jnp.where(i < 2, i, i + 1)]), x
         )
     ),
+    "a number that is carried along": (
+        lambda p, x: jax.lax.scan(
+            lambda carry, _: (
+                (
+                    jax.lax.fori_loop(0, 3, lambda j, x: layer(x, p["w"][carry[1] + j]), carry[0]),
+                    (carry[1] + 3) % 6,
+                ),
+                None,
+            ),
+            (x, 3),
+            None,
+            length=2,
+        )[0][0]
+    ),
     "a counter from the middle": (
         lambda p, x: scan(
             jax.lax.fori_loop(0, 3, lambda i, x: layer(x, p["w"][i + 3]), x), p["w"][:3]
