@@ -255,11 +255,8 @@ class _Placing:
                     (tuple(loop for loop, _ in taken), spans_of(factors, origin) if known else None)
                 )
         loops, spans = max(found, key=lambda taken: (taken[1] is not None, len(taken[0])))
-        if (
-            spans is None
-            or not _in_one_order(loops, spans, found)
-            or self._has_layer_out_of_turn(leaf, spans, found)
-        ):
+        same = all(others == spans for by, others in found if by == loops)
+        if spans is None or not same or not self._are_in_order(leaf, spans, found):
             self.reasons[leaf] = "the order in which loops take its slices is not certain"
             return None
         axes = tuple(span.axis for span in spans)
@@ -274,24 +271,32 @@ class _Placing:
         anywhere = frozenset(loop for loops, _ in found for loop in loops)
         return _Stack(loops, axes, flipped, anywhere)
 
-    def _has_layer_out_of_turn(
-        self, leaf: int, spans: Sequence[Span], found: Sequence[_Chain]
-    ) -> bool:
-        """Whether a layer beside the loops, like ``w[0]`` with ``w[1:]``, is on the wrong side."""
-        along = spans[0]
-        parts = [span for _, others in found for span in others or () if span.axis == along.axis]
-        start, stop = min(span.start for span in parts), max(span.stop for span in parts)
-        beside: list[tuple[int, int]] = []
-        in_loops: list[int] = []
-        for piece in self._composition.pieces.get(leaf, []):
-            indices = [index for axis, index in piece[1] if axis == along.axis]
-            beside += [(index, self._composition.when[piece]) for index in indices]
-            in_loops += [] if indices else [self._composition.when[piece]]
-        return any(
-            (when < min(in_loops)) != ((index < start) != along.backwards)
-            for index, when in beside
-            if in_loops and not start <= index < stop
-        )
+    def _are_in_order(self, leaf: int, spans: Sequence[Span], found: Sequence[_Chain]) -> bool:
+        """Whether the parts of a stack that are taken one after another are so in the stack.
+
+        Each has to meet what the one before has made: halves of a stack may be two models.
+        """
+        for along in spans:
+            backwards: dict[tuple[int, int], bool] = {}
+            for span in itertools.chain.from_iterable(others or () for _, others in found):
+                if span.axis == along.axis:
+                    # The backward pass takes the same parts the other way round.
+                    backwards.setdefault((span.start, span.stop), span.backwards)
+            parts: dict[tuple[int, int], Piece] = {}
+            for piece in self._composition.pieces.get(leaf, []):
+                cuts = [(start, stop) for axis, start, stop in piece[1] if axis == along.axis]
+                parts.setdefault(cuts[0] if cuts else (0, self._shapes[leaf][along.axis]), piece)
+            in_loops = [part for part in parts if part[1] - part[0] > 1]
+            order = list(parts)[:: -1 if along.backwards else 1]
+            if len(parts) > 1 and (
+                not set(in_loops) <= backwards.keys()
+                or any(before[1] > after[0] for before, after in itertools.pairwise(order))
+                or not self._composition.is_chain(list(parts.values()))
+            ):
+                return False
+            if set(backwards.values()) != {along.backwards}:
+                return False
+        return True
 
     def _doubt_of(self, leaves: Sequence[int], stacks: Mapping[int, _Stack]) -> str:
         """Why the layers of a group may not be those that loops take slices of, if so."""
@@ -310,8 +315,9 @@ class _Placing:
             return False
         taken: dict[int, list[Piece]] = {}
         for piece in self._composition.pieces.get(leaf, []):
-            for axis, _ in piece[1]:
-                taken.setdefault(axis, []).append(piece)
+            for axis, start, stop in piece[1]:
+                if stop == start + 1:
+                    taken.setdefault(axis, []).append(piece)
         return any(
             axis not in axes and len(pieces) > 1 and self._composition.is_chain(pieces)
             for axis, pieces in taken.items()
@@ -412,12 +418,12 @@ class _Placing:
         """Places the stacks whose slices are taken one by one, as by ``w[0]`` and ``w[1]``."""
         found: dict[tuple[int, str], dict[int, tuple[int, list[int]]]] = {}
         for leaf, pieces in self._composition.pieces.items():
-            at = [indices[0] for _, indices in pieces if len(indices) == 1]
-            axes = {axis for axis, _ in at}
+            at = [ranges[0] for _, ranges in pieces if len(ranges) == 1]
+            axes = {axis for axis, _, _ in at}
             if leaf in self.places or leaf in stacked or len(axes) != 1 or len(at) != len(pieces):
                 continue
             [axis] = axes
-            order = [index for _, index in at]
+            order = [start for _, start, stop in at if stop == start + 1]
             size = self._shapes[leaf][axis]
             in_full = size > 1 and sorted(order) == list(range(size))
             if in_full and self._composition.is_chain(pieces):
@@ -444,24 +450,6 @@ class _Placing:
         name = common_path([self._paths[leaf] for leaf in leaves]) or "layers"
         self._names[name] += 1
         return f"{name} ({self._names[name]})" if self._names[name] > 1 else name
-
-
-def _in_one_order(loops: tuple[Loop, ...], spans: Sequence[Span], found: Sequence[_Chain]) -> bool:
-    """Whether loops agree on the order of layers: also where each takes a part of them."""
-    if any(others != spans for by, others in found if by == loops):
-        return False
-    for along in spans:
-        parts: dict[tuple[int, int], bool] = {}
-        for span in itertools.chain.from_iterable(others or () for _, others in found):
-            if span.axis == along.axis:
-                # The backward pass takes the same parts the other way round.
-                parts.setdefault((span.start, span.stop), span.backwards)
-        order = list(parts)[:: -1 if along.backwards else 1]
-        if set(parts.values()) != {along.backwards} or any(
-            before[1] > after[0] for before, after in itertools.pairwise(order)
-        ):
-            return False
-    return True
 
 
 def _groups(loops_of: Mapping[int, frozenset[Loop]]) -> list[list[int]]:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 Taken = tuple[tuple[Loop, Dimension], ...]
 """The loops that took a slice of a parameter, outer to inner, and along what."""
-Piece = tuple[int, tuple[tuple[int, int], ...]]
-"""A parameter, and the axes and indices at which something was taken of it by itself."""
+Piece = tuple[int, tuple[tuple[int, int, int], ...]]
+"""A parameter, and the ranges along its axes, from one place to before another, it is cut to."""
 
 _CONTRACTIONS = frozenset(
     {"conv_general_dilated", "dot_general", "ragged_dot", "ragged_dot_general", "scaled_matmul"}
@@ -46,14 +46,15 @@ class _Part:
       axes: for each dimension of the value what it runs along.
       origin: where on each axis of the parameter that begins.
       taken: the loops that took a slice of the parameter, and along what.
-      indices: the places along an axis that were taken by themselves, like ``w[3]``.
+      ranges: the parts of its axes that it is cut to, like ``w[3]`` or ``w[:3]``: axis,
+        first place, and that after the last.
     """
 
     leaf: int
     axes: Dimensions
     origin: Origin
     taken: Taken = ()
-    indices: tuple[tuple[int, int], ...] = ()
+    ranges: tuple[tuple[int, int, int], ...] = ()
 
 
 class _Source(NamedTuple):
@@ -187,7 +188,7 @@ class Walk:
             return _Value(parts, met=met)
         behind = met
         for part in sorted(parts, key=lambda part: part.leaf):
-            piece = (part.leaf, part.indices)
+            piece = (part.leaf, part.ranges)
             self.first_met.setdefault(piece, behind)
             met |= self.bits.setdefault(piece, 1 << len(self.bits))
         return _Value(sources=sources, met=met)
@@ -443,19 +444,19 @@ def _moved(equation: core.JaxprEqn, values: Sequence[_Value]) -> list[_Value]:
 def _cut(
     part: _Part, before: Shape, starts: Sequence[int], stops: Sequence[int], strides: Sequence[int]
 ) -> _Part:
-    """A slice of a part. Where one place along an axis is left, that is taken by itself."""
+    """A slice of a part, with the range along each axis that it is cut to."""
     axes, origin = cut(part.axes, part.origin, before, starts, stops, strides)
-    sizes, left = (dict.fromkeys(range(len(origin)), 1) for _ in range(2))
-    for size, dimensions in ((sizes, part.axes), (left, axes)):
-        for factor in itertools.chain(*dimensions):
-            size[factor.axis] *= factor.size
-    lost = {f.axis for old, new in zip(part.axes, axes, strict=True) if not new for f in old}
-    indices = tuple(
-        (axis, origin[axis])
-        for axis in range(len(origin))
-        if left[axis] == 1 < sizes[axis] and axis not in lost
+    changed = [(old, new) for old, new in zip(part.axes, axes, strict=True) if old != new]
+    certain = {factor.axis for old, new in changed if new for factor in old}
+    lost = {factor.axis for old, new in changed if not new for factor in old}
+    ranges = {axis: (axis, start, stop) for axis, start, stop in part.ranges}
+    for axis in certain - lost:
+        factors = [factor for factor in itertools.chain(*axes) if factor.axis == axis]
+        length = 1 + sum((factor.size - 1) * abs(factor.stride) for factor in factors)
+        ranges[axis] = (axis, origin[axis], origin[axis] + length)
+    return dataclasses.replace(
+        part, axes=axes, origin=origin, ranges=tuple(ranges[axis] for axis in sorted(ranges))
     )
-    return dataclasses.replace(part, axes=axes, origin=origin, indices=part.indices + indices)
 
 
 def _met(values: Sequence[_Value]) -> int:

@@ -174,6 +174,16 @@ OUT_OF_ORDER = {
     "halves, each from its end": (
         lambda p, x: scan(scan(x, p["w"][:3], reverse=True), p["w"][3:], reverse=True)
     ),
+    "halves of two models": lambda p, x: scan(x, p["w"][:3]) + scan(x, p["w"][3:]),
+    "layers, and experts beside them": (
+        lambda p, x: jax.vmap(layer, (None, 0))(scan(x, p["w"][:3]), p["w"][3:]).sum(0)
+    ),
+    "the rest from the last on": (
+        lambda p, x: layer(layer(scan(x, p["w"][:4]), p["w"][5]), p["w"][4])
+    ),
+    "the rest in an order of numbers": (
+        lambda p, x: jax.lax.scan(again(p["w"]), scan(x, p["w"][:4]), jnp.array([5, 4]))[0]
+    ),
     "halves in opposite directions": lambda p, x: scan(scan(x, p["w"][:3]), p["w"][3:][::-1]),
     "halves that overlap": lambda p, x: scan(scan(x, p["w"][:4]), p["w"][2:]),
     "the even ones, then the odd ones": lambda p, x: scan(scan(x, p["w"][::2]), p["w"][1::2]),
