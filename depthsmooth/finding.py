@@ -205,7 +205,7 @@ class _Search:
                 why = "its siblings may be layers, or copies side by side"
                 self._doubt(family, why, grave=False)
             return False
-        if not family.repeats:
+        if not (family.repeats or parts):
             return False
         are_blocks = any(node.is_block for node in members)
         why, grave = _doubt_of(family)

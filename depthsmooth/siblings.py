@@ -145,8 +145,14 @@ class Family:
 
     @property
     def repeats(self) -> bool:
-        """Whether two of the siblings have a tensor alike."""
-        return any(len(set(shapes.values())) < len(shapes) for shapes in self.tensors.values())
+        """Whether two siblings have a matrix alike: vectors are of one size in all of them."""
+        matrices = collections.Counter(
+            (node.inside(leaf), leaf.shape)
+            for node in self.members.values()
+            for leaf in node.leaves
+            if not leaf.is_vector
+        )
+        return max(matrices.values(), default=0) > 1
 
     @functools.cached_property
     def strangers(self) -> list[Node]:

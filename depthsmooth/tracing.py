@@ -381,7 +381,7 @@ class _Placing:
         is_named = is_layer_name(family.name)
         if len(members) == 1:
             return is_named and members[0].is_block and not holds_layers(members[0])
-        if not family.repeats:
+        if not (family.repeats or parts):
             return False
         # What comes before and after the layers in one list with them is none of them.
         layers = [member for member in members if member not in family.strangers]

@@ -312,12 +312,14 @@ def test_what_is_around_the_layers_in_one_list_is_left_alone():
 
 
 def test_the_layers_of_a_scanned_block_are_no_turns():
-    """Attention and feed-forward within T5's blocks share no tensor but a norm's shape."""
-    layer = {"layer_0": {"q": float32(5, WIDTH, 6), "o": float32(5, 6, WIDTH)}}
-    layer["layer_1"] = {"wi": float32(5, WIDTH, 6), "wo": float32(5, 6, WIDTH)}
+    """Attention and feed-forward within T5's blocks have no tensor in common but a norm."""
+    norm = {"scale": float32(5, WIDTH)}
+    layer = {"layer_0": {"q": float32(5, WIDTH, 6), "o": float32(5, 6, WIDTH), "norm": norm}}
+    layer["layer_1"] = {"wi": float32(5, WIDTH, 6), "wo": float32(5, 6, WIDTH), "norm": norm}
 
     def forward(p, x):
         def body(x, w):
+            x = x * w["layer_0"]["norm"]["scale"] * w["layer_1"]["norm"]["scale"]
             x = x + jnp.tanh(x @ w["layer_0"]["q"]) @ w["layer_0"]["o"]
             return x + jnp.tanh(x @ w["layer_1"]["wi"]) @ w["layer_1"]["wo"], None
 
