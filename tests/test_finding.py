@@ -8,6 +8,7 @@ place in a repeating pattern of layers).
 import json
 import pathlib
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -171,6 +172,8 @@ SIDE_BY_SIDE = {
     "players": {f"player_{i}": DENSE for i in range(2)},
     "experts that are numbered": {f"expert_layer_{i}": DENSE for i in range(4)},
     "a pyramid of features": {"fpn": {"layer_blocks": [DENSE for _ in range(4)]}},
+    "two streams": {f"{part}_{i}": block() for part in ("attn", "mlp") for i in range(2)},
+    "inputs for each layer": {f"per_layer_gate_{i}": block() for i in range(3)},
     "attention here and there": {f"AttnBlock_{i}": block() for i in range(3)},
     "heads of tasks": {f"output_block_{i}": DENSE for i in range(4)},
     "stages of a U-Net": {
@@ -232,6 +235,16 @@ def test_projections_onto_several_heads_are_no_stack():
         find_depth({"qkv_layer": {"q": query, "k": query}})
 
 
+def test_layers_of_stacked_blocks_take_no_turns():
+    """As in T5: they have no tensor in common but a norm."""
+    norm = {"scale": jnp.ones((4, 3))}
+    stacked = {
+        "layer_0": {"q": jnp.ones((4, 5, 3)), "o": jnp.ones((4, 3, 5)), "norm": norm},
+        "layer_1": {"wi": jnp.ones((4, 3, 7)), "wo": jnp.ones((4, 7, 3)), "norm": norm},
+    }
+    assert {place.layers for place in find_depth({"blocks": stacked}).values()} == {(0, 1, 2, 3)}
+
+
 def test_parts_of_stacked_blocks_take_no_turns():
     layer = [{"q": jnp.ones((4, 5, 3)), "norm": {"scale": jnp.ones((4, 3))}} for _ in range(2)]
     stacked = {"blocks": {"layer_0": layer[0], "layer_1": {"wi": jnp.ones((4, 3, 7))}}}
@@ -263,6 +276,20 @@ def test_names_that_are_no_axes():
     gates = nn.Partitioned(jnp.ones((3, 4, 4)), ("blocks", None, None))
     params = {f"block_{i}": block() | {"gates": {"w": gates}} for i in range(3)}
     assert find_depth(params)["block_1/gates/w"].axes == ()
+    inputs = nn.Partitioned(jnp.ones((4, 3, 2)), ("embed", "layers", "per_layer_dim"))
+    with pytest.raises(AmbiguousDepthError, match=r"not named after layers"):
+        find_depth(params | {"per_layer_projection": {"kernel": inputs}})
+    dims = nn.Partitioned(jnp.ones((4, 3, 2)), ("embed", None, "per_layer_dim"))
+    assert "inputs/kernel" not in find_depth(params | {"inputs": {"kernel": dims}})
+
+
+def test_names_of_what_is_no_box():
+    class Named(eqx.Module):
+        weight: jax.Array
+        names: tuple = eqx.field(static=True, default=("layers", "in", "out"))
+
+    params = {f"block_{i}": block() | {"gate": Named(jnp.ones((4, 4, 4)))} for i in range(3)}
+    assert find_depth(params)["block_1/gate/weight"].axes == ()
 
 
 def test_layers_that_may_hold_layers_are_not_certain():
@@ -301,6 +328,7 @@ NOT_LAYERS = {
     },
     "an ensemble": {"critics": block(4)["mlp"] | {"bias": jnp.ones((4, 8))}},
     "nothing": {"embed": jnp.ones((8, 4)), "head": jnp.ones((4, 8))},
+    "two blocks in the only layer": {"block_0": {f"Block_{i}": block() for i in range(2)}},
     "blocks in the only layer": {"block_0": {f"MlpBlock_{i}": block() for i in range(2)}},
 }
 

@@ -34,6 +34,12 @@ def scan(x, stack):
     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]
 
 
+def each_in_place(x, experts):
+    for k, p in enumerate(experts):
+        x = x.at[k % 2].set(apply(x, p)[k % 2])
+    return x
+
+
 def down(x, blocks):
     for p in blocks:
         x = jnp.tanh(x @ p["down"])
@@ -112,6 +118,10 @@ NOT_LAYERS = {
     "critics in a list": (
         lambda p, x: jax.vmap(apply, (None, 0))(x, stack(p["critics"])).min(0),
         {"critics": [block() for _ in range(3)]},
+    ),
+    "experts in a list, each writing its part of one array": (
+        lambda p, x: each_in_place(x, p["experts"]),
+        {"experts": [block() for _ in range(3)]},
     ),
     "experts in blocks_i": (
         lambda p, x: x + sum(apply(x, w) for w in in_order(p)),
@@ -294,6 +304,28 @@ def test_layers_named_like_parts_of_a_block():
         )
         assert {group for group, _ in found.values()} == {"block_*"}
         assert len(found) == len(jax.tree.leaves(params))
+
+
+def test_pairs_of_vectors_within_scanned_blocks_are_parts_of_them():
+    def forward(p, x):
+        def body(x, w):
+            x = x + (x * w["ln"][0]) @ w["wi"]
+            return x + (x * w["ln"][1]) @ w["wo"], None
+
+        return jax.lax.scan(body, x, p["blocks"])[0]
+
+    found = layers_of(forward, {"blocks": block(5, ln=float32(5, 2, WIDTH))})
+    assert found == dict.fromkeys(
+        ("blocks/ln", "blocks/wi", "blocks/wo"), ("blocks", tuple(range(5)))
+    )
+
+
+def test_layers_within_what_is_numbered_by_itself():
+    def forward(p, x):
+        return apply_all(x, in_order(p["BlockTransformer_0"]))
+
+    found = layers_of(forward, {"BlockTransformer_0": numbered(3)})
+    assert {layers for _, layers in found.values()} == {(0,), (1,), (2,)}
 
 
 def test_what_is_around_the_layers_in_one_list_is_left_alone():
