@@ -334,17 +334,18 @@ def _numbered(
 
 def _level_of_numbers(pattern: str, paths: Sequence[str], shapes: Mapping[str, Shape]) -> int:
     """The place in the paths of the key whose number tells layers apart: the first that varies."""
-    keys = [path.split("/") for path in paths]
-    levels = itertools.zip_longest(*keys, fillvalue="")
-    numbers = [{numbered_key(key)[1] for key in level} for level in levels]
+    levels = list(itertools.zip_longest(*(path.split("/") for path in paths), fillvalue=""))
+    numbers = [{numbered_key(key)[1] for key in keys} for keys in levels]
     varying = [level for level, found in enumerate(numbers) if len(found) > 1]
     numbered = [level for level, found in enumerate(numbers) if found != {None}]
     if not numbered:
         _unnumbered(paths[0], pattern, shapes)
-    for above in range((varying or numbered)[0]):
-        key = keys[0][above]
-        if above in numbered and not re.search(f"(^|/){re.escape(key)}(/|$)", pattern):
-            below = keys[0][varying[0]]
+    for above in numbered[: numbered.index((varying or numbered)[0])]:
+        key, below = (
+            next(key for key in levels[level] if numbered_key(key)[1] is not None)
+            for level in (above, varying[0])
+        )
+        if not re.search(f"(^|/){re.escape(key)}(/|$)", pattern):
             raise ValueError(
                 f"{paths[0]} {shapes.get(paths[0], '')} has several numbers, and the rule "
                 f"{pattern!r} does not say which one tells layers, that in {key!r} or that in "

@@ -40,6 +40,12 @@ def test_a_number_that_the_pattern_says_is_passed_over():
         layers({".*": numbered()}, params)
 
 
+def test_several_numbers_are_refused_where_paths_are_of_other_lengths():
+    params = {"m_2": {"a": ones(4), "net": {f"layer_{i}": ones(4) for i in range(3)}}}
+    with pytest.raises(ValueError, match=r"m_2/a .* that in 'm_2' or that in 'layer_0'"):
+        layers({".*": numbered()}, params)
+
+
 def test_parts_of_the_only_layer_that_is_there_are_no_layers():
     """Neither where the other layers are masked, nor where there is but one."""
     params = {f"block_{i}": {f"Dense_{j}": ones(4) for j in range(2)} for i in range(3)}
