@@ -1,5 +1,6 @@
 """Mixes the updates of neighbouring layers: Gradient Smoothing for Optax."""
 
+from depthsmooth.alias import adamw, lion, muon, muon_dimension_numbers, sgd
 from depthsmooth.finding import AmbiguousDepthError, find_depth
 from depthsmooth.layout import Depth, DepthNotFoundError, Leaf, Track
 from depthsmooth.operators import (
@@ -17,8 +18,14 @@ from depthsmooth.operators import (
 )
 from depthsmooth.places import Place
 from depthsmooth.rules import Rule, interleaved, numbered, sequence
+from depthsmooth.scope import projections
 from depthsmooth.tracing import trace_depth
-from depthsmooth.transform import SmoothOverDepthState, smooth_over_depth
+from depthsmooth.transform import (
+    SmoothOverDepthState,
+    augment_over_depth,
+    shrink_over_depth,
+    smooth_over_depth,
+)
 
 __version__ = "0.1.0"
 
@@ -31,6 +38,8 @@ __all__ = [
     "Rule",
     "SmoothOverDepthState",
     "Track",
+    "adamw",
+    "augment_over_depth",
     "compose",
     "diffusion",
     "ema",
@@ -39,11 +48,17 @@ __all__ = [
     "from_kernel",
     "from_matrix",
     "interleaved",
+    "lion",
     "mean",
+    "muon",
+    "muon_dimension_numbers",
     "numbered",
     "operator_matrix",
+    "projections",
     "sequence",
+    "sgd",
     "sharpen",
+    "shrink_over_depth",
     "shuffled",
     "smooth_over_depth",
     "trace_depth",

@@ -8,10 +8,11 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from depthsmooth import rules as rules_
@@ -19,14 +20,20 @@ from depthsmooth.places import (
     Place,
     Shape,
     hides,
+    is_masked,
     is_mixable,
+    layer_shape,
     leaves_of,
     named,
+    nodes_of,
     shape_of,
     some,
     stacked,
 )
 from depthsmooth.rules import Rule, RuleLike
+
+Where = Callable[[str, jax.Array], bool]
+"""``where(path, leaf)`` selects leaves."""
 
 
 class DepthNotFoundError(ValueError):
@@ -66,15 +73,28 @@ class Track:
     paths: tuple[str, ...]
     places: tuple[Place, ...]
 
+    @property
+    def group(self) -> str:
+        """The depth group of the layers."""
+        return self.places[0].group
+
     @functools.cached_property
     def _present(self) -> list[int]:
         return sorted(layer for place in self.places for layer in place.layers)
 
-    @functools.cached_property
+    @property
     def runs(self) -> tuple[int, ...]:
         """The lengths of its runs of layers without a gap: a gap keeps two runs apart."""
-        gaps = [k for k, (a, b) in enumerate(itertools.pairwise(self._present), 1) if b > a + 1]
-        return tuple(b - a for a, b in itertools.pairwise([0, *gaps, len(self._present)]))
+        return self.runs_between(())
+
+    def runs_between(self, cuts: Sequence[int]) -> tuple[int, ...]:
+        """The same if a run also ends before each of these layers."""
+        ends = [
+            k
+            for k, (a, b) in enumerate(itertools.pairwise(self._present), 1)
+            if b > a + 1 or b in cuts
+        ]
+        return tuple(b - a for a, b in itertools.pairwise([0, *ends, len(self._present)]))
 
     @functools.cached_property
     def layers(self) -> tuple[tuple[int, ...], ...]:
@@ -205,7 +225,7 @@ class Depth(Mapping[str, Place]):
         if not (self and other):
             return self or other
         one, two = self._among(other.leaves), other._among(self.leaves)
-        groups = one._groups & two._groups
+        groups = one.group_names & two.group_names
         twice = [leaf for leaf in one.leaves if leaf.path in one and leaf.path in two]
         if (
             one.leaves
@@ -234,8 +254,117 @@ class Depth(Mapping[str, Place]):
         return self.resolve(shapes)
 
     @property
-    def _groups(self) -> set[str]:
-        return {pattern for pattern, _ in self.rules} or set(self._sizes)
+    def group_names(self) -> set[str]:
+        """The names of its groups, also while rules have not met a tree."""
+        return {pattern for pattern, _ in self.rules} or set(self.groups)
+
+    @functools.cached_property
+    def groups(self) -> dict[str, int]:
+        """The number of layers of each group."""
+        groups: dict[str, int] = {}
+        for place in self._places.values():
+            groups[place.group] = max(groups.get(place.group, 0), max(place.layers) + 1)
+        return groups
+
+    def select(self, where: Where, tree: optax.Params) -> Depth:
+        """The Depth of a tree with the places of those leaves alone that are selected.
+
+        Args:
+          where: ``where(path, leaf)`` tells whether a leaf keeps its place, as
+            :func:`depthsmooth.projections` does. It is asked for leaves with a place only.
+          tree: parameters or updates.
+
+        Raises:
+          ValueError: if no leaf is selected, or what ``where`` gives is no bool.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> params = {"norm": {"scale": jnp.ones((3, 4))}, "mlp": {"kernel": jnp.ones((3, 4, 4))}}
+          >>> print(Depth.from_rules({".*": 0}).select(lambda path, leaf: "mlp" in path, params))
+          group       layers  axis  leaves  parameters  found by
+          .*               3     0       1          48  rule
+          left alone                     1          12
+          left alone: norm/scale (3, 4)
+        """
+        depth = self.resolve(tree)
+        arrays = dict(leaves_of(tree)[0])
+        selected = {path: where(path, arrays[path]) for path in depth}
+        for path, answer in selected.items():
+            if not isinstance(answer, bool | np.bool_):
+                raise ValueError(
+                    f"where gives {answer!r} for {path} {shape_of(arrays[path])}, but has to give "
+                    "True or False, from the path, the shape and the dtype alone."
+                )
+        if selected and not any(selected.values()):
+            raise ValueError(
+                f"where selects none of the leaves that have a place in depth: {some(selected)}. "
+                "To smooth nothing, use Depth.from_rules({})."
+            )
+        return Depth(
+            tuple(
+                leaf
+                if selected.get(leaf.path, True)
+                else dataclasses.replace(leaf, place=None, reason="where does not select it")
+                for leaf in depth.leaves
+            )
+        )
+
+    def map(
+        self, fn: Callable[[str, jax.Array, Place | None], object], tree: optax.Params
+    ) -> optax.Params:
+        """A tree of the same structure, of what a function says of each leaf and its place.
+
+        For whatever of Optax needs to know which axes are not depth: masks, labels, dimension
+        numbers.
+
+        Args:
+          fn: called with the path, the leaf and its :class:`Place`, None where it has none.
+          tree: parameters or updates. What is masked, or None, stays as it is.
+
+        Returns:
+          The tree.
+
+        Raises:
+          ValueError: if a leaf does not fit its place.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> params = {"head": jnp.ones(4), "layers": jnp.ones((3, 4))}
+          >>> depth = Depth.from_rules({"layers": 0})
+          >>> depth.map(lambda path, leaf, place: "rest" if place is None else "deep", params)
+          {'head': 'rest', 'layers': 'deep'}
+        """
+        depth = self.resolve(tree)
+        treedef = jax.tree_util.tree_structure(tree, is_leaf=is_masked)
+        return jax.tree_util.tree_unflatten(
+            treedef,
+            [
+                leaf if leaf is None or is_masked(leaf) else fn(path, leaf, depth.get(path))
+                for path, leaf in nodes_of(tree)
+            ],
+        )
+
+    def decay_mask(self, params: optax.Params) -> optax.Params:
+        """Which leaves to decay: those of two or more axes in one layer, so no bias and no scale.
+
+        ``optax.add_decayed_weights(0.1, mask=depth.decay_mask)``.
+
+        Args:
+          params: parameters or updates.
+
+        Returns:
+          A tree of the same structure, of bools.
+
+        Raises:
+          ValueError: if a leaf does not fit its place.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> params = {"scale": jnp.ones((3, 4)), "kernel": jnp.ones((3, 4, 4))}
+          >>> Depth.from_rules({".*": 0}).decay_mask(params)
+          {'kernel': True, 'scale': False}
+        """
+        return self.map(lambda path, leaf, place: len(layer_shape(leaf, place)) >= 2, params)
 
     def explain(self, path: str) -> str:
         """Says why a leaf is, or is not, smoothed, and with which others.
@@ -271,7 +400,7 @@ class Depth(Mapping[str, Place]):
         place = leaf.place
         axes = f", along {_axes_name(place.axes)}" if place.axes else ""
         first = (
-            f"{leaf} is {_layers_name(place.layers)} of {self._sizes[place.group]} of the group "
+            f"{leaf} is {_layers_name(place.layers)} of {self.groups[place.group]} of the group "
             f"{place.group!r}{axes}, found by {place.found_by}."
         )
         [track] = [track for track in self.tracks if path in track.paths]
@@ -336,14 +465,6 @@ class Depth(Mapping[str, Place]):
         return {leaf.path: leaf.place for leaf in self.leaves if leaf.place is not None}
 
     @functools.cached_property
-    def _sizes(self) -> dict[str, int]:
-        """The number of layers of each group."""
-        sizes: dict[str, int] = {}
-        for place in self._places.values():
-            sizes[place.group] = max(sizes.get(place.group, 0), max(place.layers) + 1)
-        return sizes
-
-    @functools.cached_property
     def tracks(self) -> tuple[Track, ...]:
         """The leaves that are mixed together, one track for each tensor of each group."""
         together: dict[tuple[str, str], list[str]] = {}
@@ -369,7 +490,7 @@ class Depth(Mapping[str, Place]):
         for (group, found_by), leaves in groups.items():
             axes = sorted({leaf.place.axes for leaf in leaves if leaf.place is not None})
             column = ", ".join(dict.fromkeys(map(_axes_column, axes)))
-            rows.append((group, str(self._sizes[group]), column, *_size(leaves), found_by))
+            rows.append((group, str(self.groups[group]), column, *_size(leaves), found_by))
         if not alone:
             return _table(rows)
         rows.append(("left alone", "", "", *_size(alone), ""))

@@ -365,7 +365,7 @@ def compose(one: Operator, two: Operator) -> Operator:
       (-2, -1, 0, 1, 2)
     """
     for each in (one, two):
-        _check_operator(each)
+        check_operator(each)
 
     def operator(layers: int, count: jax.typing.ArrayLike) -> Stencil:
         stencils = [each(layers, count) for each in (one, two)]
@@ -432,7 +432,7 @@ def shuffled(operator: Operator, seed: int) -> Operator:
              [0.  , 0.75, 0.25],
              [0.25, 0.25, 0.5 ]])
     """
-    _check_operator(operator)
+    check_operator(operator)
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed is {seed!r}, but has to be a whole number.")
 
@@ -465,7 +465,7 @@ def operator_matrix(
              [0.1, 0.8, 0.1],
              [0. , 0.1, 0.9]])
     """
-    _check_operator(operator)
+    check_operator(operator)
     return matrix_of(operator(layers, count))
 
 
@@ -538,7 +538,8 @@ def _rows(rows: Sequence[Array]) -> Array | list[Array]:
     return list(rows) if _module(*rows) is jnp else np.stack(rows)
 
 
-def _check_operator(operator: object) -> None:
+def check_operator(operator: object) -> None:
+    """Raises unless it could be an operator."""
     if not callable(operator):
         raise ValueError(
             f"{operator!r} is no operator: what window(alpha), ema(rho) and the like give."

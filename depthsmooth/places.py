@@ -51,6 +51,11 @@ class Place:
         return tuple(size for axis, size in enumerate(shape) if axis not in self.axes)
 
 
+def layer_shape(leaf: object, place: Place | None) -> Shape:
+    """The shape of a leaf in one layer: its own where it has no place in depth."""
+    return shape_of(leaf) if place is None else place.layer_shape(shape_of(leaf))
+
+
 def stacked(shape: Shape, axes: Sequence[int]) -> int:
     """The number of layers in a leaf with these depth axes."""
     return math.prod(shape[axis] for axis in axes)

@@ -13,6 +13,9 @@ import numpy as np
 Axes = tuple[int, ...]
 """The axes of a leaf that run over its layers, outer to inner; none for a leaf of one layer."""
 
+_MOST_SHIFTS = 8
+"""Stencils of more offsets are faster as a matrix: see benchmarks/large_radius.py."""
+
 Weights = np.ndarray | jax.Array | Sequence[np.ndarray | jax.Array]
 
 
@@ -46,6 +49,8 @@ class Stencil:
     @property
     def is_identity(self) -> bool:
         """Whether the operator is known, while tracing, to change nothing."""
+        if isinstance(self.weights, jax.Array):
+            return False
         rows = zip(self.offsets, self.weights, strict=True)
         return all(isinstance(row, np.ndarray) and (row == (k == 0)).all() for k, row in rows)
 
@@ -80,6 +85,11 @@ def exists(offsets: tuple[int, ...], layers: int) -> np.ndarray:
     return mask
 
 
+def identity(layers: int) -> Stencil:
+    """The operator that changes nothing."""
+    return Stencil((0,), np.ones((1, layers)))
+
+
 def matrix_of(stencil: Stencil) -> np.ndarray | jax.Array:
     """The operator as a matrix of shape ``(L, L)``.
 
@@ -88,15 +98,19 @@ def matrix_of(stencil: Stencil) -> np.ndarray | jax.Array:
       array([[0. , 1. ],
              [0.5, 0. ]])
     """
-    known = all(isinstance(row, np.ndarray) for row in stencil.weights)
-    numeric = np if known else jnp
-    matrix: np.ndarray | jax.Array = numeric.zeros((stencil.layers, stencil.layers))
-    for offset, row in zip(stencil.offsets, stencil.weights, strict=True):
-        places = np.array(
-            [neighbour == i + offset for i, neighbour in enumerate(stencil.neighbours(offset))]
-        )
-        matrix = matrix + numeric.where(places, row, 0)[:, None] * np.eye(stencil.layers, k=offset)
-    return matrix
+    weights = stencil.weights
+    known = all(isinstance(row, np.ndarray) for row in weights)
+    neighbours = [stencil.neighbours(offset) for offset in stencil.offsets]
+    there = [(k, i) for k, row in enumerate(neighbours) for i, j in enumerate(row) if j is not None]
+    k, i = np.array(there, int).reshape(-1, 2).T
+    j = i + np.array(stencil.offsets, int)[k]
+    square = (stencil.layers, stencil.layers)
+    if known:
+        matrix = np.zeros(square)
+        matrix[i, j] = np.asarray(weights)[k, i]
+        return matrix
+    rows = weights if isinstance(weights, jax.Array) else jnp.stack(list(weights))
+    return jnp.zeros(square, rows.dtype).at[i, j].set(rows[k, i])
 
 
 def stencil_of(matrix: np.ndarray | jax.Array, radius: int | None = None) -> Stencil:
@@ -112,16 +126,15 @@ def stencil_of(matrix: np.ndarray | jax.Array, radius: int | None = None) -> Ste
     """
     layers = len(matrix)
     farthest = min(layers - 1, layers if radius is None else radius)
-    offsets, rows = [], []
-    for offset in range(-farthest, farthest + 1):
-        diagonal = matrix.diagonal(offset)
-        ends = (max(0, -offset), max(0, offset))
-        if offset == 0 or not isinstance(diagonal, np.ndarray) or diagonal.any():
-            offsets.append(offset)
-            numeric = np if isinstance(diagonal, np.ndarray) else jnp
-            rows.append(numeric.pad(diagonal, ends))
-    known = isinstance(matrix, np.ndarray)
-    return Stencil(tuple(offsets), np.array(rows).reshape(-1, layers) if known else rows)
+    offsets = tuple(range(-farthest, farthest + 1))
+    there = exists(offsets, layers)
+    column = np.where(there, np.arange(layers) + np.asarray(offsets)[:, None], 0)
+    numeric = np if isinstance(matrix, np.ndarray) else jnp
+    weights = numeric.where(there, matrix[np.arange(layers), column], 0)
+    if isinstance(weights, jax.Array):
+        return Stencil(offsets, weights)
+    kept = [k for k, offset in enumerate(offsets) if offset == 0 or weights[k].any()]
+    return Stencil(tuple(offsets[k] for k in kept), weights[kept])
 
 
 def join(stencils: Sequence[Stencil]) -> Stencil:
@@ -164,6 +177,10 @@ def apply(
     narrower than 32 bits are mixed in float32 and cast back; float32, float64 and
     complex types keep their own arithmetic.
 
+    A stencil of more than 8 offsets is applied as a matrix instead, to all the layers
+    brought together: faster from there on (``benchmarks/large_radius.py``), at the cost
+    of a copy, and of a NaN in one layer reaching every other.
+
     Args:
       stencil: the operator, for all the layers.
       updates: arrays of any inexact dtype, alike but for their depth axes.
@@ -171,7 +188,7 @@ def apply(
       layers: for each array the layers it holds, in row-major order of its depth
         axes. Every layer is held once.
       zero: a scalar 0. If it is traced, so that a compiler cannot know that it is 0,
-        the result is the same in every bit, however the layers are laid out.
+        the result of shifts is the same in every bit, however the layers are laid out.
 
     Returns:
       Arrays of the shapes, dtypes, weak types and shardings of ``updates``.
@@ -187,16 +204,22 @@ def apply(
     """
     if stencil.is_identity:
         return list(updates)
-    neighbours = tuple(map(tuple, map(stencil.neighbours, stencil.offsets)))
     held = tuple(map(tuple, layers))
-    mixed: list[jax.Array] = _mix(
+    if len(stencil.offsets) > _MOST_SHIFTS:
+        product: list[jax.Array] = _multiply(list(updates), matrix_of(stencil), tuple(axes), held)
+        return product
+    neighbours = tuple(map(tuple, map(stencil.neighbours, stencil.offsets)))
+    mixed: list[jax.Array] = _shift_and_add(
         list(updates), list(stencil.weights), zero, neighbours, tuple(axes), held
     )
     return mixed
 
 
+# Both are compiled by themselves, so that tensors that are alike are traced and lowered once.
+
+
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _mix(
+def _shift_and_add(
     updates: Sequence[jax.Array],
     weights: Sequence[jax.Array],
     zero: jax.Array,
@@ -204,8 +227,7 @@ def _mix(
     axes: Sequence[Axes],
     layers: Sequence[Sequence[int]],
 ) -> list[jax.Array]:
-    """Compiled by itself, so that tensors that are alike are traced and lowered once."""
-    wide = [_Layers(_widened(array), a) for array, a in zip(updates, axes, strict=True)]
+    wide = [Layers(widened(array), a) for array, a in zip(updates, axes, strict=True)]
     held = {layer: (j, i) for j, ours in enumerate(layers) for i, layer in enumerate(ours)}
     results = []
     for update, array, ours in zip(updates, wide, layers, strict=True):
@@ -213,19 +235,35 @@ def _mix(
         for row, neighbour in zip(weights, neighbours, strict=True):
             wanted = [neighbour[layer] for layer in ours]
             places = [None if layer is None else held[layer] for layer in wanted]
-            product = array.over_layers(_some_of(row, ours)) * _gather(wide, places, array)
+            product = array.over_layers(some_of(row, ours)) * _gather(wide, places, array)
             # Compilers round a product that meets a sum, or do not, as they like. A sum with a 0
             # that they do not see through rounds it always.
             taps.append(product + zero.astype(product.dtype))
-        mixed = functools.reduce(jnp.add, taps).astype(update.dtype)
-        # Setting into the original is the public way to keep a weak type.
-        weak = jax.typeof(update).weak_type
-        results.append(update.at[...].set(mixed) if weak else mixed)
+        results.append(narrowed(functools.reduce(jnp.add, taps), update))
     return results
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _multiply(
+    updates: Sequence[jax.Array],
+    matrix: jax.Array,
+    axes: Sequence[Axes],
+    layers: Sequence[Sequence[int]],
+) -> list[jax.Array]:
+    wide = [Layers(widened(array), a) for array, a in zip(updates, axes, strict=True)]
+    order = [layer for ours in layers for layer in ours]
+    together = jnp.concatenate([array.merged() for array in wide])
+    permuted = matrix[np.ix_(order, order)].astype(together.dtype)
+    mixed = jnp.tensordot(permuted, together, 1, precision=jax.lax.Precision.HIGHEST)
+    pieces = jnp.split(mixed, np.cumsum([len(ours) for ours in layers])[:-1])
+    return [
+        narrowed(array.unmerge(piece), update)
+        for array, piece, update in zip(wide, pieces, updates, strict=True)
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
-class _Layers:
+class Layers:
     """An array with the axes that run over its layers."""
 
     array: jax.Array
@@ -233,6 +271,7 @@ class _Layers:
 
     @property
     def sizes(self) -> Axes:
+        """How long each of the axes is."""
         return tuple(self.array.shape[axis] for axis in self.axes)
 
     def merged(self) -> jax.Array:
@@ -260,7 +299,7 @@ class _Layers:
 
 
 def _gather(
-    arrays: Sequence[_Layers], places: Sequence[tuple[int, int] | None], like: _Layers
+    arrays: Sequence[Layers], places: Sequence[tuple[int, int] | None], like: Layers
 ) -> jax.Array:
     """An array like ``like`` whose layers come from those places: an array, an index in it."""
     zeros = jnp.zeros_like(like.array)
@@ -289,11 +328,19 @@ def _pad(array: jax.Array, offset: int, axis: int) -> jax.Array:
     return jax.lax.pad(array, jnp.zeros((), array.dtype), padding)
 
 
-def _widened(array: jax.Array) -> jax.Array:
+def widened(array: jax.Array) -> jax.Array:
+    """The array in float32, if its type is narrower."""
     return array.astype(jnp.float32) if array.dtype.itemsize < 4 else array
 
 
-def _some_of(weights: jax.Array, layers: Sequence[int]) -> jax.Array:
+def narrowed(mixed: jax.Array, update: jax.Array) -> jax.Array:
+    """The result in the type, also if that is a weak one, of the update that it is for."""
+    result = mixed.astype(update.dtype)
+    # Setting into the original is the public way to keep a weak type.
+    return update.at[...].set(result) if jax.typeof(update).weak_type else result
+
+
+def some_of(weights: jax.Array, layers: Sequence[int]) -> jax.Array:
     """The weights of some layers; by a slice, which compiles better, if evenly spaced."""
     step = layers[1] - layers[0] if len(layers) > 1 else 1
     if list(layers) == list(range(layers[0], layers[-1] + 1, step)):

@@ -1,20 +1,35 @@
 """The Optax transformations that apply an operator over depth, wherever the layers are."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from depthsmooth import cuts as cuts_
 from depthsmooth import stencil
+from depthsmooth.blocks import Tensor, norms, ratio, scaled
+from depthsmooth.cuts import Cuts
 from depthsmooth.finding import find_depth
-from depthsmooth.layout import Depth
-from depthsmooth.operators import Operator, window
+from depthsmooth.layout import Depth, Track, Where
+from depthsmooth.operators import Operator, check_operator, window
 from depthsmooth.places import is_masked, nodes_of
+
+Variant = Literal["standard", "norm_preserving", "directional"]
+NormOver = Literal["tensor", "block"]
+
+Block = Sequence[Tensor]
+Norms = Callable[[Block], jax.Array]
+Mix = Callable[[Block], Block]
 
 
 class SmoothOverDepthState(NamedTuple):
-    """State of :func:`smooth_over_depth`.
+    """State of the transformations over depth.
 
     Attributes:
       count: number of updates made, an int32 scalar, which schedules read.
@@ -24,7 +39,13 @@ class SmoothOverDepthState(NamedTuple):
 
 
 def smooth_over_depth(
-    alpha: optax.ScalarOrSchedule = 0.1, *, depth: Depth | None = None
+    alpha: optax.ScalarOrSchedule = 0.1,
+    *,
+    depth: Depth | None = None,
+    where: Where | None = None,
+    variant: Variant = "standard",
+    norm_over: NormOver = "tensor",
+    cuts: Cuts = (),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Mixes the update of every layer with those of its two neighbours.
 
@@ -33,8 +54,9 @@ def smooth_over_depth(
             + \tfrac{\alpha}{2} (u_{\ell-1} + u_{\ell+1})
 
     with :math:`\tilde u_1 = (1 - \tfrac{\alpha}{2})\, u_1 + \tfrac{\alpha}{2} u_2`
-    and likewise for the last layer. The mean over depth is kept. Leaves that
-    ``depth`` does not place pass through untouched.
+    and likewise for the last layer: :func:`augment_over_depth` with
+    :func:`~depthsmooth.window`. The mean over depth is kept. Leaves that ``depth``
+    does not place pass through untouched.
 
     Put it after the base optimizer's preconditioning, before weight decay and the
     learning rate, as the paper does.
@@ -47,15 +69,20 @@ def smooth_over_depth(
         :meth:`depthsmooth.Depth.from_rules`. None stands for
         :func:`depthsmooth.find_depth` on the parameters, and on the updates while
         an update is traced, by paths and shapes alone.
+      where: which of the leaves that ``depth`` places are mixed, as
+        ``where(path, leaf)``; :func:`depthsmooth.projections` is the paper's Proj.
+      variant: what becomes of the norms, as in :func:`augment_over_depth`.
+      norm_over: what has a norm: each ``"tensor"`` of a layer, or the ``"block"``.
+      cuts: layers, counted from 0, before which nothing is mixed with what is behind.
 
     Returns:
       A transformation with the state :class:`SmoothOverDepthState`. Updates keep
       their structure, shapes, dtypes, weak types and shardings.
 
     Raises:
-      ValueError: if ``alpha`` is a number outside [0, 1) or no scalar, or ``depth``
-        is no Depth; on ``init`` and ``update``, if a leaf does not fit its place, or
-        its place cannot be found with certainty.
+      ValueError: if ``alpha`` is a number outside [0, 1) or no scalar, or another
+        argument is none of these; on ``init`` and ``update``, if a leaf does not fit
+        its place, or its place cannot be found with certainty.
 
     Example:
       >>> import depthsmooth as ds
@@ -70,19 +97,185 @@ def smooth_over_depth(
       Meng, Sugolov, Papyan, `Gradient Smoothing
       <https://arxiv.org/abs/2606.30813>`_, 2026 (Algorithm 1).
     """
-    operator = window(alpha)
+    return augment_over_depth(
+        window(alpha), depth=depth, where=where, variant=variant, norm_over=norm_over, cuts=cuts
+    )
+
+
+def augment_over_depth(
+    operator: Operator,
+    *,
+    depth: Depth | None = None,
+    where: Where | None = None,
+    variant: Variant = "standard",
+    norm_over: NormOver = "tensor",
+    cuts: Cuts = (),
+) -> optax.GradientTransformationExtraArgs:
+    r"""Applies any operator over depth: Depth-wise Gradient Augmentation.
+
+    With :math:`S` the matrix of the operator, :math:`u_\ell` the update of layer
+    :math:`\ell` and :math:`n_\ell = \|u_\ell\|`, the variants are
+
+    .. math::
+        \text{standard} \quad & \tilde u_\ell = (S u)_\ell \\
+        \text{norm-preserving} \quad & \tilde u_\ell = n_\ell\, (S u)_\ell
+            / \|(S u)_\ell\| \\
+        \text{directional} \quad & \tilde u_\ell = n_\ell\, d_\ell / \|d_\ell\|,
+            \quad d = S (u / n)
+
+    In the last two every layer keeps the norm of its update, and a layer whose update
+    is 0 keeps that: a frozen layer stays frozen. Where mixing cancels nearly all of an
+    update, what it is scaled up from is rounding.
+
+    Args:
+      operator: such as :func:`~depthsmooth.window` or :func:`~depthsmooth.ema` gives. A
+        single layer, alone in its group or between cuts, is left as it is.
+      depth: where the layers are, as in :func:`smooth_over_depth`.
+      where: which of the leaves that ``depth`` places are mixed: ``where(path, leaf)``
+        gives True or False from the path, the shape and the dtype. What is left out
+        passes through untouched.
+      variant: ``"standard"``, ``"norm_preserving"`` or ``"directional"``. The last two
+        read the update twice.
+      norm_over: ``"tensor"``: each tensor of a layer has a norm, as in the authors' code;
+        ``"block"``: all selected tensors of a layer together have one, as in the paper.
+        Norms are in float32, or float64 for such updates; elements below 1e-19 count as 0
+        in the former.
+      cuts: positions across which nothing is mixed, as where dense layers end and sparse
+        ones begin: 4 parts layers 0 to 3 from those from 4 on. For every group, or a
+        mapping from the name of a group to its cuts.
+
+    Returns:
+      A transformation with the state :class:`SmoothOverDepthState`. Updates keep
+      their structure, shapes, dtypes, weak types and shardings.
+
+    Raises:
+      ValueError: if an argument is none of these; on ``init`` and ``update``, if a leaf
+        does not fit its place, its place cannot be found with certainty, ``where`` selects
+        none, or a cut is not between two layers.
+
+    Example:
+      >>> import depthsmooth as ds
+      >>> params = {"layers": jnp.array([3.0, 4.0, 0.0])}
+      >>> depth = ds.Depth.from_rules({"layers": 0})
+      >>> tx = augment_over_depth(ds.ema(0.5), depth=depth)
+      >>> tx.update(params, tx.init(params))[0]["layers"].tolist()
+      [3.0, 3.5, 1.75]
+      >>> tx = augment_over_depth(ds.ema(0.5), depth=depth, variant="norm_preserving")
+      >>> tx.update(params, tx.init(params))[0]["layers"].tolist()
+      [3.0, 4.0, 0.0]
+
+    References:
+      Meng, Sugolov, Papyan, `Gradient Smoothing
+      <https://arxiv.org/abs/2606.30813>`_, 2026 (section 3.4, variants).
+    """
+    if variant not in _VARIANTS:
+        raise ValueError(f"variant is {variant!r}, but has to be one of {', '.join(_VARIANTS)}.")
+    return _over_depth(_VARIANTS[variant], operator, depth, where, norm_over, cuts)
+
+
+def shrink_over_depth(
+    operator: Operator,
+    *,
+    depth: Depth | None = None,
+    where: Where | None = None,
+    norm_over: NormOver = "tensor",
+    cuts: Cuts = (),
+) -> optax.GradientTransformationExtraArgs:
+    r"""A control: every layer gets the norm that mixing would have left it, and is not mixed.
+
+    .. math::
+        \tilde u_\ell = u_\ell\, \|(S u)_\ell\| / \|u_\ell\|
+
+    Smoothing makes the step smaller, and that alone can look like a gain. What smoothing
+    gains over this is due to the direction of the update.
+
+    Args:
+      operator: :math:`S`, of the transformation that this is the control of.
+      depth: as in :func:`augment_over_depth`, like the others.
+      where: which of the leaves that ``depth`` places are shrunk.
+      norm_over: what has a norm: each ``"tensor"`` of a layer, or the ``"block"``.
+      cuts: positions across which nothing is mixed.
+
+    Returns:
+      A transformation with the state :class:`SmoothOverDepthState`.
+
+    Raises:
+      ValueError: as :func:`augment_over_depth`.
+
+    Example:
+      >>> import depthsmooth as ds
+      >>> params = {"layers": jnp.array([4.0, -4.0, 0.0])}
+      >>> tx = shrink_over_depth(ds.window(0.5), depth=ds.Depth.from_rules({"layers": 0}))
+      >>> tx.update(params, tx.init(params))[0]["layers"].tolist()
+      [2.0, -1.0, 0.0]
+    """
+    return _over_depth(_shrunk, operator, depth, where, norm_over, cuts)
+
+
+def _standard(updates: Block, mix: Mix, norms: Norms) -> Block:
+    return mix(updates)
+
+
+def _norm_preserving(updates: Block, mix: Mix, norms: Norms) -> Block:
+    mixed = mix(updates)
+    return _times(mixed, ratio(norms(updates), norms(mixed)))
+
+
+def _directional(updates: Block, mix: Mix, norms: Norms) -> Block:
+    before = norms(updates)
+    mixed = mix(_times(updates, ratio(1, before)))
+    return _times(mixed, ratio(before, norms(mixed)))
+
+
+def _shrunk(updates: Block, mix: Mix, norms: Norms) -> Block:
+    return _times(updates, ratio(norms(mix(updates)), norms(updates)))
+
+
+def _times(block: Block, factors: jax.Array) -> Block:
+    return [scaled(tensor, factors) for tensor in block]
+
+
+_VARIANTS = {
+    "standard": _standard,
+    "norm_preserving": _norm_preserving,
+    "directional": _directional,
+}
+
+
+def _over_depth(
+    augment: Callable[[Block, Mix, Norms], Block],
+    operator: Operator,
+    depth: Depth | None,
+    where: Where | None,
+    norm_over: NormOver,
+    cuts: Cuts,
+) -> optax.GradientTransformationExtraArgs:
+    check_operator(operator)
     if not isinstance(depth, Depth | None):
         raise ValueError(
             f"depth is a {type(depth).__name__}, but has to be a Depth: from "
             "trace_depth(loss_fn, params, batch), or from Depth.from_rules({'.*/layers/.*': 0})."
         )
+    if norm_over not in ("tensor", "block"):
+        raise ValueError(f"norm_over is {norm_over!r}, but has to be 'tensor' or 'block'.")
+    if where is not None and not callable(where):
+        raise ValueError(f"where is {where!r}, but has to be a function of a path and a leaf.")
+    cuts_.check(cuts)
 
     def depth_of(tree: optax.Params) -> Depth:
-        return find_depth(tree, metadata=False) if depth is None else depth.resolve(tree)
+        found = find_depth(tree, metadata=False) if depth is None else depth.resolve(tree)
+        return found if where is None else found.select(where, tree)
+
+    def stencils_of(tree: optax.Params, count: jax.Array) -> dict[Track, stencil.Stencil]:
+        found = find_depth(tree, metadata=False) if depth is None else depth.resolve(tree)
+        at = cuts_.of_groups(cuts, found, depth or found)
+        selected = found if where is None else found.select(where, tree)
+        return _stencils(operator, count, selected, at)
 
     def init_fn(params: optax.Params) -> SmoothOverDepthState:
-        depth_of(params)
-        return SmoothOverDepthState(count=jnp.zeros([], jnp.int32))
+        count = jnp.zeros([], jnp.int32)
+        stencils_of(params, count)
+        return SmoothOverDepthState(count=count)
 
     def update_fn(
         updates: optax.Updates,
@@ -91,31 +284,79 @@ def smooth_over_depth(
         **extra_args: object,
     ) -> tuple[optax.Updates, SmoothOverDepthState]:
         del params, extra_args
-        updates = _apply(operator, state.count, depth_of(updates), updates)
-        return updates, SmoothOverDepthState(count=optax.safe_increment(state.count))
+        count = state.count
+        nodes = nodes_of(updates)
+        leaves = {path: leaf for path, leaf in nodes if leaf is not None}
+        after: dict[str, jax.Array] = {}
+        for bundle in _bundles(stencils_of(updates, count), norm_over):
+            after |= _augmented(augment, bundle, leaves, jnp.minimum(count, 0))
+        treedef = jax.tree_util.tree_structure(updates, is_leaf=is_masked)
+        mixed = [after.get(path, leaf) for path, leaf in nodes]
+        updates = jax.tree_util.tree_unflatten(treedef, mixed)
+        return updates, SmoothOverDepthState(count=optax.safe_increment(count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _apply(
-    operator: Operator, count: jax.Array, depth: Depth, updates: optax.Updates
-) -> optax.Updates:
-    """The updates, mixed along each track of the layout."""
-    leaves, treedef = jax.tree_util.tree_flatten(updates, is_leaf=is_masked)
-    index = {path: k for k, (path, leaf) in enumerate(nodes_of(updates)) if not is_masked(leaf)}
-    zero = jnp.minimum(count, 0)
-    stencils: dict[tuple[int, ...], stencil.Stencil] = {}
+def _stencils(
+    operator: Operator, count: jax.Array, depth: Depth, cuts: Mapping[str, Sequence[int]]
+) -> dict[Track, stencil.Stencil]:
+    """The stencil of each track: the operator's for each of its runs of layers."""
+    made: dict[tuple[int, ...], stencil.Stencil] = {}
+    stencils = {}
     for track in depth.tracks:
-        if track.runs not in stencils:
-            stencils[track.runs] = stencil.join([operator(run, count) for run in track.runs])
-        ours = [index[path] for path in track.paths]
-        mixed = stencil.apply(
-            stencils[track.runs],
-            [leaves[k] for k in ours],
+        runs = track.runs_between(cuts.get(track.group, ()))
+        if runs not in made:
+            alone = stencil.identity(1)
+            made[runs] = stencil.join([operator(n, count) if n > 1 else alone for n in runs])
+        stencils[track] = made[runs]
+    return stencils
+
+
+def _bundles(
+    stencils: Mapping[Track, stencil.Stencil], norm_over: NormOver
+) -> list[dict[Track, stencil.Stencil]]:
+    """The tracks whose layers have norms in common, without those that nothing happens to."""
+    bundles: dict[object, dict[Track, stencil.Stencil]] = {}
+    for track, mixing in stencils.items():
+        name = track.group if norm_over == "block" else track
+        bundles.setdefault(name, {})[track] = mixing
+    return [
+        bundle
+        for bundle in bundles.values()
+        if not all(mixing.is_identity for mixing in bundle.values())
+    ]
+
+
+def _augmented(
+    augment: Callable[[Block, Mix, Norms], Block],
+    bundle: Mapping[Track, stencil.Stencil],
+    updates: Mapping[str, jax.Array],
+    zero: jax.Array,
+) -> dict[str, jax.Array]:
+    """The updates of some tracks, by their paths."""
+    before = [
+        Tensor(
+            [jnp.asarray(updates[path]) for path in track.paths],
             [place.axes for place in track.places],
-            track.layers,
-            zero,
+            [place.layers for place in track.places],
         )
-        for k, leaf in zip(ours, mixed, strict=True):
-            leaves[k] = leaf
-    return jax.tree_util.tree_unflatten(treedef, leaves)
+        for track in bundle
+    ]
+
+    def mix(block: Block) -> Block:
+        return [
+            dataclasses.replace(
+                tensor, arrays=stencil.apply(mixing, tensor.arrays, tensor.axes, track.layers, zero)
+            )
+            for tensor, (track, mixing) in zip(block, bundle.items(), strict=True)
+        ]
+
+    layers = 1 + max(max(place.layers) for track in bundle for place in track.places)
+    wide = [tensor.map(stencil.widened) for tensor in before]
+    after = augment(wide, mix, functools.partial(norms, layers=layers))
+    return {
+        path: stencil.narrowed(array, update)
+        for track, tensor, original in zip(bundle, after, before, strict=True)
+        for path, array, update in zip(track.paths, tensor.arrays, original.arrays, strict=True)
+    }

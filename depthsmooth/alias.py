@@ -1,0 +1,409 @@
+"""Complete optimizers with smoothing in its place: after preconditioning, before weight decay."""
+
+# No postponed annotations: Optax reads from them which arguments may be schedules.
+
+import functools
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import jax
+import optax
+
+from depthsmooth.cuts import Cuts
+from depthsmooth.finding import find_depth
+from depthsmooth.layout import Depth, Where
+from depthsmooth.places import Place
+from depthsmooth.transform import NormOver, Variant, smooth_over_depth
+
+Mask: TypeAlias = optax.Params | Callable[[optax.Params], optax.Params]
+DimensionNumbers: TypeAlias = optax.Params | Callable[[optax.Params], optax.Params]
+Coefficients: TypeAlias = tuple[float, float, float] | tuple[tuple[float, float, float], ...] | str
+
+
+def sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: jax.typing.ArrayLike | None = None,
+    nesterov: bool = False,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    alpha: optax.ScalarOrSchedule = 0.1,
+    depth: Depth | None = None,
+    where: Where | None = None,
+    variant: Variant = "standard",
+    norm_over: NormOver = "tensor",
+    cuts: Cuts = (),
+) -> optax.GradientTransformationExtraArgs:
+    r"""``optax.sgd`` with its steps smoothed over depth.
+
+    .. math::
+        \theta \leftarrow \theta - \eta\, S u
+
+    with u the gradient, or its momentum.
+
+    Args:
+      learning_rate: as the next three in ``optax.sgd``.
+      momentum: decay of the momentum; None for none.
+      nesterov: whether the momentum is Nesterov's.
+      accumulator_dtype: of the momentum.
+      alpha: as the rest in :func:`depthsmooth.smooth_over_depth`.
+      depth: where the layers are.
+      where: which leaves are smoothed.
+      variant: what becomes of norms.
+      norm_over: what has a norm.
+      cuts: positions across which nothing is mixed.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: as :func:`depthsmooth.smooth_over_depth`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"layers": jnp.array([0.0, 4.0, 0.0])}
+      >>> tx = sgd(1.0, alpha=0.5, depth=Depth.from_rules({"layers": 0}))
+      >>> tx.update(params, tx.init(params))[0]["layers"].tolist()
+      [-1.0, -2.0, -1.0]
+    """
+    return optax.chain(
+        optax.identity()
+        if momentum is None
+        else optax.trace(momentum, nesterov, accumulator_dtype),
+        smooth_over_depth(
+            alpha, depth=depth, where=where, variant=variant, norm_over=norm_over, cuts=cuts
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Mask | None = None,
+    *,
+    nesterov: bool = False,
+    alpha: optax.ScalarOrSchedule = 0.1,
+    depth: Depth | None = None,
+    where: Where | None = None,
+    variant: Variant = "standard",
+    norm_over: NormOver = "tensor",
+    cuts: Cuts = (),
+) -> optax.GradientTransformationExtraArgs:
+    r"""``optax.adamw`` with Adam's steps smoothed over depth, and decay outside.
+
+    .. math::
+        \theta \leftarrow \theta - \eta\, (S\, \hat m / (\sqrt{\hat v} + \epsilon)
+            + \lambda \theta)
+
+    Args:
+      learning_rate: as those up to ``nesterov`` in ``optax.adamw``.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added outside the square root.
+      eps_root: added inside.
+      mu_dtype: of the first moment.
+      weight_decay: :math:`\lambda`, which is multiplied by the learning rate.
+      mask: of what is decayed, such as :meth:`Depth.decay_mask`; all, unless said.
+      nesterov: whether the momentum is Nesterov's.
+      alpha: as the rest in :func:`depthsmooth.smooth_over_depth`.
+      depth: where the layers are.
+      where: which leaves are smoothed.
+      variant: what becomes of norms.
+      norm_over: what has a norm.
+      cuts: positions across which nothing is mixed.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: as :func:`depthsmooth.smooth_over_depth`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"layers": jnp.array([0.0, 4.0, 0.0])}
+      >>> depth = Depth.from_rules({"layers": 0})
+      >>> tx = adamw(1.0, weight_decay=0.5, alpha=0.5, depth=depth)
+      >>> tx.update(params, tx.init(params), params)[0]["layers"].round(3).tolist()
+      [-0.25, -2.5, -0.25]
+
+    References:
+      Meng, Sugolov, Papyan, `Gradient Smoothing
+      <https://arxiv.org/abs/2606.30813>`_, 2026 (Algorithm 1).
+    """
+    return optax.chain(
+        optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
+        smooth_over_depth(
+            alpha, depth=depth, where=where, variant=variant, norm_over=norm_over, cuts=cuts
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def lion(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.99,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-3,
+    mask: Mask | None = None,
+    *,
+    alpha: optax.ScalarOrSchedule = 0.1,
+    depth: Depth | None = None,
+    where: Where | None = None,
+    variant: Variant = "standard",
+    norm_over: NormOver = "tensor",
+    cuts: Cuts = (),
+) -> optax.GradientTransformationExtraArgs:
+    r"""``optax.lion`` with its signs smoothed over depth, and decay outside.
+
+    .. math::
+        \theta \leftarrow \theta - \eta\, (S\, \mathrm{sign}(\beta_1 m + (1 - \beta_1) g)
+            + \lambda \theta)
+
+    Args:
+      learning_rate: as those up to ``mask`` in ``optax.lion``.
+      b1: rate at which the momentum and the gradient are combined.
+      b2: decay of the momentum.
+      mu_dtype: of the momentum.
+      weight_decay: :math:`\lambda`, which is multiplied by the learning rate.
+      mask: of what is decayed, such as :meth:`Depth.decay_mask`; all, unless said.
+      alpha: as the rest in :func:`depthsmooth.smooth_over_depth`.
+      depth: where the layers are.
+      where: which leaves are smoothed.
+      variant: what becomes of norms.
+      norm_over: what has a norm.
+      cuts: positions across which nothing is mixed.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: as :func:`depthsmooth.smooth_over_depth`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"layers": jnp.array([0.0, 4.0, 0.0])}
+      >>> depth = Depth.from_rules({"layers": 0})
+      >>> tx = lion(1.0, weight_decay=0.5, alpha=0.5, depth=depth)
+      >>> tx.update(params, tx.init(params), params)[0]["layers"].tolist()
+      [-0.25, -2.5, -0.25]
+    """
+    return optax.chain(
+        optax.scale_by_lion(b1, b2, mu_dtype),
+        smooth_over_depth(
+            alpha, depth=depth, where=where, variant=variant, norm_over=norm_over, cuts=cuts
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    ns_coeffs: Coefficients = (3.4445, -4.7750, 2.0315),
+    ns_steps: jax.typing.ArrayLike = 5,
+    beta: jax.typing.ArrayLike = 0.95,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay_mask: Mask | None = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    nesterov: bool = True,
+    adaptive: bool = False,
+    preconditioning: Literal["frobenius", "spectral", "aol", "schatten"] = "frobenius",
+    adam_b1: jax.typing.ArrayLike = 0.9,
+    adam_b2: jax.typing.ArrayLike = 0.999,
+    adam_eps_root: jax.typing.ArrayLike = 0.0,
+    adam_weight_decay: jax.typing.ArrayLike = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    muon_weight_dimension_numbers: DimensionNumbers | None = None,
+    consistent_rms: jax.typing.ArrayLike | None = None,
+    alpha: optax.ScalarOrSchedule = 0.1,
+    depth: Depth | None = None,
+    where: Where | None = None,
+    variant: Variant = "standard",
+    norm_over: NormOver = "tensor",
+    cuts: Cuts = (),
+) -> optax.GradientTransformationExtraArgs:
+    r"""``optax.contrib.muon``, layer by layer, with its steps smoothed over depth.
+
+    .. math::
+        \theta \leftarrow \theta - \eta\, (S\, \mathrm{orthogonal}(m) + \lambda \theta)
+
+    Each matrix of a stack is orthogonalised by itself, whatever axis it is stacked along, and
+    stacked vectors (biases, scales) go to Adam, as they would if each layer had leaves of its
+    own: ``optax.contrib.muon`` takes a stack of vectors for a matrix, and gives a stack of
+    matrices to Adam.
+
+    Args:
+      learning_rate: as those up to ``consistent_rms`` in ``optax.contrib.muon``.
+      ns_coeffs: of the Newton-Schulz iterations.
+      ns_steps: how many of these.
+      beta: decay of the momentum.
+      eps: added to denominators.
+      weight_decay: :math:`\lambda` of what is orthogonalised.
+      weight_decay_mask: of what is decayed among these.
+      mu_dtype: of the momentum.
+      nesterov: whether the momentum is Nesterov's.
+      adaptive: whether to scale by the dual norm; not with stacked layers.
+      preconditioning: before the iterations.
+      adam_b1: decay of Adam's first moment.
+      adam_b2: decay of Adam's second moment.
+      adam_eps_root: added inside Adam's square root.
+      adam_weight_decay: :math:`\lambda` of what goes to Adam.
+      adam_learning_rate: of what goes to Adam; ``learning_rate``, unless said.
+      muon_weight_dimension_numbers: what is orthogonalised, over which axes, instead of the
+        matrices that ``depth`` finds in layers and those outside of them: as in
+        ``optax.contrib.muon``, for the leaves as they are, stacked.
+      consistent_rms: the root mean square of the steps, whatever the shape.
+      alpha: as the rest in :func:`depthsmooth.smooth_over_depth`.
+      depth: where the layers are.
+      where: which leaves are smoothed.
+      variant: what becomes of norms.
+      norm_over: what has a norm.
+      cuts: positions across which nothing is mixed.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: as :func:`depthsmooth.smooth_over_depth`, and for ``adaptive`` with stacked
+        layers, which ``optax.contrib.muon`` would scale by one number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"kernel": jnp.stack([jnp.eye(2), 2 * jnp.eye(2)]), "scale": jnp.ones((2, 3))}
+      >>> tx = muon(1.0, alpha=0.5, depth=Depth.from_rules({".*": 0}))
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> bool(jnp.allclose(updates["kernel"][0], updates["kernel"][1], atol=1e-3))
+      True
+
+    References:
+      Jordan, `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024.
+    """
+    smooth = functools.partial(
+        smooth_over_depth, alpha, where=where, variant=variant, norm_over=norm_over, cuts=cuts
+    )
+    smooth(depth=depth)
+
+    def for_tree(tree: optax.Params) -> optax.GradientTransformationExtraArgs:
+        """The optimizer of one tree, whose paths and shapes tell everything."""
+        found = find_depth(tree, metadata=False) if depth is None else depth.resolve(tree)
+        numbers = muon_weight_dimension_numbers
+        if callable(numbers):
+            numbers = numbers(tree)
+        elif numbers is None:
+            numbers = muon_dimension_numbers(found, tree)
+        if adaptive:
+            _check_alone(found)
+        # A learning rate of -1 leaves the steps as they are: positive.
+        orthogonal = optax.contrib.muon(
+            -1.0,
+            ns_coeffs=ns_coeffs,
+            ns_steps=ns_steps,
+            beta=beta,
+            eps=eps,
+            mu_dtype=mu_dtype,
+            nesterov=nesterov,
+            adaptive=adaptive,
+            preconditioning=preconditioning,
+            adam_b1=adam_b1,
+            adam_b2=adam_b2,
+            adam_eps_root=adam_eps_root,
+            muon_weight_dimension_numbers=numbers,
+            consistent_rms=consistent_rms,
+        )
+        steps = {
+            "muon": (weight_decay, weight_decay_mask, learning_rate),
+            "adam": (
+                adam_weight_decay,
+                None,
+                learning_rate if adam_learning_rate is None else adam_learning_rate,
+            ),
+        }
+        step = {
+            label: optax.chain(
+                optax.add_decayed_weights(decay, mask), optax.scale_by_learning_rate(rate)
+            )
+            for label, (decay, mask, rate) in steps.items()
+        }
+        return optax.chain(
+            orthogonal, smooth(depth=found), optax.partition(step, _labels(numbers, tree))
+        )
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        return for_tree(params).init(params)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: object,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        tx = for_tree(updates)
+        after: tuple[optax.Updates, optax.OptState] = tx.update(
+            updates, state, params, **extra_args
+        )
+        return after
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def muon_dimension_numbers(depth: Depth, params: optax.Params) -> optax.Params:
+    """What Muon orthogonalises: the leaves of two axes in one layer, each layer by itself.
+
+    Args:
+      depth: where the layers are.
+      params: parameters or updates.
+
+    Returns:
+      A tree of the same structure, of ``optax.contrib.MuonDimensionNumbers`` and, where a leaf
+      is no matrix, None.
+
+    Raises:
+      ValueError: if a leaf does not fit its place.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"kernel": jnp.ones((2, 3, 4)), "scale": jnp.ones((2, 3))}
+      >>> muon_dimension_numbers(Depth.from_rules({".*": 0}), params)
+      {'kernel': MuonDimensionNumbers(reduction_axis=1, output_axis=2), 'scale': None}
+    """
+
+    def numbers(
+        path: str, leaf: jax.Array, place: Place | None
+    ) -> optax.contrib.MuonDimensionNumbers | None:
+        axes = [axis for axis in range(leaf.ndim) if place is None or axis not in place.axes]
+        return optax.contrib.MuonDimensionNumbers(*axes) if len(axes) == 2 else None
+
+    return depth.map(numbers, params)
+
+
+def _labels(numbers: DimensionNumbers, tree: optax.Params) -> optax.Params:
+    """Of each leaf, whether it goes to Muon or to Adam: the numbers may be for whole subtrees."""
+
+    def is_one(node: object) -> bool:
+        return node is None or isinstance(node, optax.contrib.MuonDimensionNumbers)
+
+    return jax.tree.map(
+        lambda one, subtree: jax.tree.map(lambda _: "adam" if one is None else "muon", subtree),
+        numbers,
+        tree,
+        is_leaf=is_one,
+    )
+
+
+def _check_alone(depth: Depth) -> None:
+    """Raises if layers are stacked, which one dual norm would be taken of."""
+    for leaf in depth.leaves:
+        if leaf.place is not None and leaf.place.axes:
+            raise ValueError(
+                f"{leaf} holds {len(leaf.place.layers)} layers, but adaptive=True scales each leaf "
+                "by one number: leave it out, or give each layer leaves of its own."
+            )

@@ -1,0 +1,57 @@
+"""Cuts: positions in depth across which nothing is mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from depthsmooth.layout import Depth
+
+Cuts = Sequence[int] | Mapping[str, Sequence[int]]
+"""The layers before which a run of layers ends: in every group, or in those of these names."""
+
+
+def check(cuts: Cuts) -> None:
+    """Raises unless these are cuts of some depth."""
+    each = cuts.values() if isinstance(cuts, Mapping) else [cuts]
+    for positions in each:
+        if not isinstance(positions, list | tuple | range):
+            raise ValueError(
+                f"cuts are {cuts!r}, but have to be layers, like (4, 12), or a mapping from the "
+                "name of a group to its cuts."
+            )
+        for position in positions:
+            if not isinstance(position, int | np.integer) or position < 1:
+                raise ValueError(
+                    f"A cut is at {position!r}, but has to be an integer of at least 1: the first "
+                    "layer, counted from 0, of those behind it."
+                )
+
+
+def of_groups(cuts: Cuts, depth: Depth, within: Depth) -> dict[str, Sequence[int]]:
+    """The cuts of each group.
+
+    Args:
+      cuts: as a user gives them.
+      depth: of the leaves that are there.
+      within: of all the leaves, also those that are masked.
+
+    Raises:
+      ValueError: if there is no such group, or it does not have that many layers.
+    """
+    sizes = {**depth.groups, **within.groups}
+    names = depth.group_names | within.group_names
+    of_group = dict(cuts) if isinstance(cuts, Mapping) else dict.fromkeys(depth.groups, cuts)
+    for name, positions in of_group.items():
+        if name not in names:
+            raise ValueError(
+                f"cuts has a group {name!r}, but the groups are {', '.join(map(repr, names))}."
+            )
+        if name in sizes and max(positions, default=0) >= sizes[name]:
+            raise ValueError(
+                f"There is a cut at {max(positions)}, but the group {name!r} has the layers 0 to "
+                f"{sizes[name] - 1}. Cuts of one group alone are given by its name: "
+                f"cuts={{{name!r}: (...)}}."
+            )
+    return of_group
