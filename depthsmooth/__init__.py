@@ -3,6 +3,7 @@
 from depthsmooth.alias import adamw, lion, muon, muon_dimension_numbers, sgd
 from depthsmooth.finding import AmbiguousDepthError, find_depth
 from depthsmooth.layout import Depth, DepthNotFoundError, Leaf, Track
+from depthsmooth.metrics import DepthMetrics, depth_metrics
 from depthsmooth.operators import (
     compose,
     diffusion,
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AmbiguousDepthError",
     "Depth",
+    "DepthMetrics",
     "DepthNotFoundError",
     "Leaf",
     "Place",
@@ -41,6 +43,7 @@ __all__ = [
     "adamw",
     "augment_over_depth",
     "compose",
+    "depth_metrics",
     "diffusion",
     "ema",
     "exponential",

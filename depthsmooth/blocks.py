@@ -1,4 +1,4 @@
-"""The layers of a group as blocks: the norm of each, and each multiplied by a number."""
+"""The layers of a group as blocks: inner products, norms, and layers multiplied by a number."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from depthsmooth.stencil import Axes, Layers, some_of
 
@@ -32,61 +33,78 @@ class Tensor:
         return dataclasses.replace(self, arrays=list(map(fn, self.arrays, *rest)))
 
 
-def norms(tensors: Sequence[Tensor], layers: int) -> jax.Array:
-    r"""The norm of each layer over some of its tensors: :math:`\sqrt{\sum |u|^2}`.
+Block = Sequence[Tensor]
+"""All the tensors of a block that count, of float32 or wider types."""
+
+
+def layers_of(block: Block) -> int:
+    """The number of layers L, as far as they are there."""
+    return 1 + max(max(layers) for tensor in block for layers in tensor.layers)
+
+
+def inner(one: Block, other: Block) -> jax.Array:
+    r"""The inner product of each layer with its like: :math:`\mathrm{Re} \sum \bar u v`.
 
     Args:
-      tensors: float32, float64, or complex.
-      layers: the number of layers L.
+      one: u.
+      other: v, of the same layout.
 
     Returns:
       Real array of shape ``(L,)``, of the widest type there is among the tensors.
 
     Example:
       >>> stack = Tensor([jnp.array([[3.0, 4.0], [6.0, 8.0]])], [(0,)], [(0, 1)])
-      >>> norms([stack], 2).tolist()
-      [5.0, 10.0]
+      >>> inner([stack], [stack]).tolist()
+      [25.0, 100.0]
     """
-    dtype = jnp.result_type(*(array.real.dtype for tensor in tensors for array in tensor.arrays))
-    total = jnp.zeros(layers, dtype)
-    for tensor in tensors:
-        squares = map(_squares, tensor.arrays, tensor.axes)
-        held = jnp.array([layer for ours in tensor.layers for layer in ours], int)
-        total = total.at[held].add(jnp.concatenate(list(squares)).astype(dtype))
-    return jnp.sqrt(total)
+    dtype = jnp.result_type(*(array.real.dtype for tensor in one for array in tensor.arrays))
+    total = jnp.zeros(layers_of(one), dtype)
+    for ours, theirs in zip(one, other, strict=True):
+        held = np.array([layer for layers in ours.layers for layer in layers])
+        products = map(_inner, ours.arrays, theirs.arrays, ours.axes)
+        total = total.at[held].add(jnp.concatenate(list(products)).astype(dtype))
+    return total
 
 
-def scaled(tensor: Tensor, factors: jax.Array) -> Tensor:
+def norms(block: Block) -> jax.Array:
+    r"""The norm of each layer: :math:`\sqrt{\sum |u|^2}`, of shape ``(L,)``."""
+    return jnp.sqrt(inner(block, block))
+
+
+def scaled(block: Block, factors: jax.Array) -> Block:
     """Each layer multiplied by its factor.
 
     Args:
-      tensor: of any inexact dtype.
+      block: of any inexact dtype.
       factors: of shape ``(L,)``.
 
     Example:
       >>> stack = Tensor([jnp.array([[3.0, 4.0], [6.0, 8.0]])], [(0,)], [(0, 1)])
-      >>> scaled(stack, jnp.array([1.0, 0.5])).arrays[0].tolist()
+      >>> scaled([stack], jnp.array([1.0, 0.5]))[0].arrays[0].tolist()
       [[3.0, 4.0], [3.0, 4.0]]
     """
-    ours = [some_of(factors, layers) for layers in tensor.layers]
-    return tensor.map(_times, tensor.axes, ours)
+    return [
+        tensor.map(_times, tensor.axes, [some_of(factors, layers) for layers in tensor.layers])
+        for tensor in block
+    ]
 
 
 def ratio(one: jax.typing.ArrayLike, other: jax.Array) -> jax.Array:
-    """``one / other``, 0 where the other is 0: what is zero stays zero, whatever NaN is."""
+    """``one / other``, and 0 where the other is 0. What is NaN stays NaN."""
     return jnp.where(other == 0, 0, one / jnp.where(other == 0, 1, other))
 
 
 # Both are compiled by themselves, so that arrays that are alike are traced and lowered once.
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _squares(array: jax.Array, axes: Axes) -> jax.Array:
-    """The sums of squares of the layers of one array, of shape ``(layers,)``."""
-    others = tuple(axis for axis in range(array.ndim) if axis not in axes)
-    squares = jnp.square(jnp.abs(array)).sum(others)
-    order = [sorted(axes).index(axis) for axis in axes]
-    return squares.transpose(order).reshape(-1)
+@functools.partial(jax.jit, static_argnums=2)
+def _inner(one: jax.Array, other: jax.Array, axes: Axes) -> jax.Array:
+    """The inner products of the layers of two arrays, of shape ``(layers,)``."""
+    products = one.real * other.real
+    if jnp.iscomplexobj(one):
+        products = products + one.imag * other.imag
+    sums = products.sum([axis for axis in range(one.ndim) if axis not in axes])
+    return sums.transpose([sorted(axes).index(axis) for axis in axes]).reshape(-1)
 
 
 @functools.partial(jax.jit, static_argnums=1)

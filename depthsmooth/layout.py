@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from depthsmooth import rules as rules_
+from depthsmooth.blocks import Tensor
 from depthsmooth.places import (
     Place,
     Shape,
@@ -77,6 +79,14 @@ class Track:
     def group(self) -> str:
         """The depth group of the layers."""
         return self.places[0].group
+
+    def tensor(self, leaves: Mapping[str, jax.Array]) -> Tensor:
+        """The arrays that hold it, and how."""
+        return Tensor(
+            [jnp.asarray(leaves[path]) for path in self.paths],
+            [place.axes for place in self.places],
+            [place.layers for place in self.places],
+        )
 
     @functools.cached_property
     def _present(self) -> list[int]:
@@ -273,6 +283,9 @@ class Depth(Mapping[str, Place]):
           where: ``where(path, leaf)`` tells whether a leaf keeps its place, as
             :func:`depthsmooth.projections` does. It is asked for leaves with a place only.
           tree: parameters or updates.
+
+        Returns:
+          The Depth.
 
         Raises:
           ValueError: if no leaf is selected, or what ``where`` gives is no bool.

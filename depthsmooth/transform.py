@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -13,7 +12,7 @@ import optax
 
 from depthsmooth import cuts as cuts_
 from depthsmooth import stencil
-from depthsmooth.blocks import Tensor, norms, ratio, scaled
+from depthsmooth.blocks import Block, norms, ratio, scaled
 from depthsmooth.cuts import Cuts
 from depthsmooth.finding import find_depth
 from depthsmooth.layout import Depth, Track, Where
@@ -23,9 +22,8 @@ from depthsmooth.places import is_masked, nodes_of
 Variant = Literal["standard", "norm_preserving", "directional"]
 NormOver = Literal["tensor", "block"]
 
-Block = Sequence[Tensor]
-Norms = Callable[[Block], jax.Array]
 Mix = Callable[[Block], Block]
+Augment = Callable[[Block, Mix], Block]
 
 
 class SmoothOverDepthState(NamedTuple):
@@ -212,27 +210,23 @@ def shrink_over_depth(
     return _over_depth(_shrunk, operator, depth, where, norm_over, cuts)
 
 
-def _standard(updates: Block, mix: Mix, norms: Norms) -> Block:
+def _standard(updates: Block, mix: Mix) -> Block:
     return mix(updates)
 
 
-def _norm_preserving(updates: Block, mix: Mix, norms: Norms) -> Block:
+def _norm_preserving(updates: Block, mix: Mix) -> Block:
     mixed = mix(updates)
-    return _times(mixed, ratio(norms(updates), norms(mixed)))
+    return scaled(mixed, ratio(norms(updates), norms(mixed)))
 
 
-def _directional(updates: Block, mix: Mix, norms: Norms) -> Block:
+def _directional(updates: Block, mix: Mix) -> Block:
     before = norms(updates)
-    mixed = mix(_times(updates, ratio(1, before)))
-    return _times(mixed, ratio(before, norms(mixed)))
+    mixed = mix(scaled(updates, ratio(1, before)))
+    return scaled(mixed, ratio(before, norms(mixed)))
 
 
-def _shrunk(updates: Block, mix: Mix, norms: Norms) -> Block:
-    return _times(updates, ratio(norms(mix(updates)), norms(updates)))
-
-
-def _times(block: Block, factors: jax.Array) -> Block:
-    return [scaled(tensor, factors) for tensor in block]
+def _shrunk(updates: Block, mix: Mix) -> Block:
+    return scaled(updates, ratio(norms(mix(updates)), norms(updates)))
 
 
 _VARIANTS = {
@@ -243,7 +237,7 @@ _VARIANTS = {
 
 
 def _over_depth(
-    augment: Callable[[Block, Mix, Norms], Block],
+    augment: Augment,
     operator: Operator,
     depth: Depth | None,
     where: Where | None,
@@ -329,20 +323,12 @@ def _bundles(
 
 
 def _augmented(
-    augment: Callable[[Block, Mix, Norms], Block],
+    augment: Augment,
     bundle: Mapping[Track, stencil.Stencil],
     updates: Mapping[str, jax.Array],
     zero: jax.Array,
 ) -> dict[str, jax.Array]:
     """The updates of some tracks, by their paths."""
-    before = [
-        Tensor(
-            [jnp.asarray(updates[path]) for path in track.paths],
-            [place.axes for place in track.places],
-            [place.layers for place in track.places],
-        )
-        for track in bundle
-    ]
 
     def mix(block: Block) -> Block:
         return [
@@ -352,9 +338,8 @@ def _augmented(
             for tensor, (track, mixing) in zip(block, bundle.items(), strict=True)
         ]
 
-    layers = 1 + max(max(place.layers) for track in bundle for place in track.places)
-    wide = [tensor.map(stencil.widened) for tensor in before]
-    after = augment(wide, mix, functools.partial(norms, layers=layers))
+    before = [track.tensor(updates) for track in bundle]
+    after = augment([tensor.map(stencil.widened) for tensor in before], mix)
     return {
         path: stencil.narrowed(array, update)
         for track, tensor, original in zip(bundle, after, before, strict=True)
