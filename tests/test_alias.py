@@ -1,0 +1,419 @@
+"""Complete optimizers: Optax's own, with the updates smoothed before decay and learning rate."""
+
+import functools
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax.contrib import _common_test as common
+
+import depthsmooth as ds
+from depthsmooth.alias import muon_dimension_numbers
+
+DEPTH = ds.Depth.from_rules({"layers/.*": 0})
+OURS = ("alpha", "depth", "where", "variant", "norm_over", "cuts")
+OPTIMIZERS = {
+    "sgd": (ds.sgd, optax.sgd, {"learning_rate": 0.1}),
+    "momentum": (ds.sgd, optax.sgd, {"learning_rate": 0.1, "momentum": 0.9, "nesterov": True}),
+    "adamw": (ds.adamw, optax.adamw, {"learning_rate": 0.1, "weight_decay": 0.1}),
+    "lion": (ds.lion, optax.lion, {"learning_rate": 0.1, "weight_decay": 0.1}),
+    "muon": (
+        ds.muon,
+        optax.contrib.muon,
+        {"learning_rate": 0.1, "weight_decay": 0.1, "adam_weight_decay": 0.2},
+    ),
+}
+
+
+def tree(seed, dtype="float32"):
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    return {
+        "embed": normal(7, 4),
+        "layers": {"kernel": normal(5, 4, 3), "scale": normal(5, 4), "heads": normal(5, 4, 2, 3)},
+        "norm": normal(4),
+    }
+
+
+def run(tx, params, steps=3, dtype="float32"):
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for step in range(steps):
+        updates, state = update(tree(step + 1, dtype), state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_signatures_are_those_of_optax(name):
+    ours, theirs, _ = OPTIMIZERS[name]
+    mine, others = (inspect.signature(each).parameters for each in (ours, theirs))
+    assert [*others, *OURS] == list(mine)
+    for parameter in others:
+        assert mine[parameter].kind == others[parameter].kind
+        assert mine[parameter].default == others[parameter].default
+    smooth = inspect.signature(ds.smooth_over_depth).parameters
+    assert all(mine[parameter].default == smooth[parameter].default for parameter in OURS)
+    assert all(mine[p].kind is inspect.Parameter.KEYWORD_ONLY for p in OURS)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "muon"])
+def test_unsmoothed_it_is_the_optimizer_of_optax(name):
+    ours, theirs, keywords = OPTIMIZERS[name]
+    smoothless = run(ours(**keywords, alpha=0.0, depth=DEPTH), tree(0))
+    chex.assert_trees_all_close(smoothless, run(theirs(**keywords), tree(0)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["standard", "norm_preserving", "directional"])
+@pytest.mark.parametrize(
+    ("name", "before", "decay"),
+    [
+        ("sgd", optax.identity(), 0.0),
+        ("momentum", optax.trace(0.9, nesterov=True), 0.0),
+        ("adamw", optax.scale_by_adam(), 0.1),
+        ("lion", optax.scale_by_lion(b2=0.99), 0.1),
+    ],
+)
+def test_smoothing_is_after_preconditioning_and_before_decay(name, before, decay, variant):
+    ours, _, keywords = OPTIMIZERS[name]
+    scope = {
+        "depth": DEPTH,
+        "where": ds.projections,
+        "variant": variant,
+        "norm_over": "block",
+        "cuts": (2,),
+    }
+    chain = optax.chain(
+        before,
+        ds.smooth_over_depth(0.3, **scope),
+        optax.add_decayed_weights(decay),
+        optax.scale_by_learning_rate(0.1),
+    )
+    result = run(ours(**keywords, alpha=0.3, **scope), tree(0))
+    chex.assert_trees_all_close(result, run(chain, tree(0)), rtol=1e-6)
+
+
+def per_layer(params):
+    """The same parameters with leaves of their own for each layer."""
+    stack = params["layers"]
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    return rest | {f"block_{k}": {name: leaf[k] for name, leaf in stack.items()} for k in range(5)}
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {},
+        {"consistent_rms": 0.2, "weight_decay": 0.1, "adam_weight_decay": 0.05},
+        {"ns_coeffs": "dion", "nesterov": False, "adam_learning_rate": 0.03},
+        {"preconditioning": "schatten", "beta": 0.8, "weight_decay_mask": None},
+    ],
+)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_muon_on_a_stack_is_muon_on_every_layer(keywords, axis):
+    """Optax's own, on layers with leaves of their own, smoothed or not."""
+
+    def restacked(params):
+        layers = {
+            name: jnp.moveaxis(leaf, 0, min(axis, leaf.ndim - 1))
+            for name, leaf in params["layers"].items()
+        }
+        return params | {"layers": layers}
+
+    depth = ds.Depth.from_rules({"layers/scale": min(axis, 1), "layers/(kernel|heads)": axis})
+    tx = ds.muon(0.1, alpha=0.0, depth=depth, **keywords)
+    alone = optax.contrib.muon(0.1, **keywords)
+    smoothed = ds.muon(0.1, alpha=0.3, depth=depth, **keywords)
+    apart = ds.muon(
+        0.1, alpha=0.3, depth=ds.Depth.from_rules({r"block_\d/.*": ds.numbered()}), **keywords
+    )
+    for stacked, unrolled in ((tx, alone), (smoothed, apart)):
+        ours, theirs = restacked(tree(0)), per_layer(tree(0))
+        states = stacked.init(ours), unrolled.init(theirs)
+        for step in range(3):
+            grads = tree(step + 1)
+            updates, state = jax.jit(stacked.update)(restacked(grads), states[0], ours)
+            others, other = jax.jit(unrolled.update)(per_layer(grads), states[1], theirs)
+            ours, theirs = (
+                optax.apply_updates(ours, updates),
+                optax.apply_updates(theirs, others),
+            )
+            states = state, other
+        back = ours | {
+            "layers": {
+                name: jnp.moveaxis(leaf, min(axis, leaf.ndim - 1), 0)
+                for name, leaf in ours["layers"].items()
+            }
+        }
+        chex.assert_trees_all_close(per_layer(back), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_plain_muon_does_the_opposite_on_a_stack():
+    """Which is why there is one of ours."""
+    params, grads = tree(0), tree(1)
+    plain = optax.contrib.muon(0.1)
+    [theirs, _] = plain.update(grads, plain.init(params), params)
+    scale = theirs["layers"]["scale"]
+    singular = np.linalg.svd(scale, compute_uv=False)
+    assert singular.max() / singular.min() < 2  # the stack of scales, made orthogonal
+    adam = optax.adam(0.1)
+    [kernels, _] = adam.update(grads, adam.init(params), params)
+    nesterov = optax.adam(0.1, nesterov=True)
+    [kernels, _] = nesterov.update(grads, nesterov.init(params), params)
+    chex.assert_trees_all_close(theirs["layers"]["kernel"], kernels["layers"]["kernel"], rtol=1e-5)
+
+
+def test_dimension_numbers_of_every_layout():
+    params = {
+        "head": jnp.ones((4, 7)),
+        "bias": jnp.ones(7),
+        "deep": {
+            "kernel": jnp.ones((4, 6, 3)),
+            "scale": jnp.ones((4, 6)),
+            "conv": jnp.ones((2, 6, 3, 4)),
+        },
+        "twice": {"kernel": jnp.ones((2, 4, 3, 5)), "scale": jnp.ones((2, 3, 4))},
+        "block_0": jnp.ones((4, 4)),
+        "block_1": jnp.ones((4, 4)),
+        "nothing": None,
+        "masked": optax.MaskedNode(),
+    }
+    stacks = {"deep/.*": 1, "twice/kernel": (0, 2), "twice/scale": (0, 1)}
+    depth = ds.Depth.from_rules({**stacks, "block_.*": ds.numbered()})
+    numbers = muon_dimension_numbers(depth, params)
+    of = optax.contrib.MuonDimensionNumbers
+    assert numbers == {
+        "head": of(0, 1),
+        "bias": None,
+        "deep": {"kernel": of(0, 2), "scale": None, "conv": None},
+        "twice": {"kernel": of(1, 3), "scale": None},
+        "block_0": of(0, 1),
+        "block_1": of(0, 1),
+        "nothing": None,
+        "masked": optax.MaskedNode(),
+    }
+
+
+@pytest.mark.parametrize("as_function", [False, True])
+def test_dimension_numbers_of_ones_own(as_function):
+    """For attention heads, and only them; a prefix of the tree will do."""
+    of = optax.contrib.MuonDimensionNumbers
+    numbers = {
+        "embed": None,
+        "layers": {"kernel": None, "scale": None, "heads": of(1, (2, 3))},
+        "norm": None,
+    }
+    given = (lambda params: numbers) if as_function else numbers
+    keywords = {"muon_weight_dimension_numbers": given, "weight_decay": 0.1}
+    ours = run(ds.muon(0.1, alpha=0.0, depth=DEPTH, **keywords), tree(0))
+    theirs = run(optax.contrib.muon(0.1, **keywords), tree(0))
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_adaptive_muon_is_refused_on_a_stack():
+    with pytest.raises(ValueError, match=r"layers/\w+ \(5, .* holds 5 layers, but adaptive=True"):
+        ds.muon(0.1, adaptive=True, depth=DEPTH).init(tree(0))
+    unrolled = per_layer(tree(0))
+    depth = ds.Depth.from_rules({r"block_\d/.*": ds.numbered()})
+    ours = ds.muon(0.1, adaptive=True, alpha=0.0, depth=depth)
+    theirs = optax.contrib.muon(0.1, adaptive=True)
+    chex.assert_trees_all_close(
+        ours.update(unrolled, ours.init(unrolled), unrolled)[0],
+        theirs.update(unrolled, theirs.init(unrolled), unrolled)[0],
+        rtol=1e-5,
+    )
+
+
+def test_muon_refuses_what_smoothing_refuses_at_once():
+    with pytest.raises(ValueError, match=r"alpha is 2"):
+        ds.muon(0.1, alpha=2)
+    with pytest.raises(ValueError, match=r"has to be a Depth"):
+        ds.muon(0.1, depth=0)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_finds_depth_by_itself_also_in_a_part_of_the_tree(name):
+    ours, _, keywords = OPTIMIZERS[name]
+    params = per_layer(tree(0))
+    depth = ds.Depth.from_rules({r"block_\d/.*": ds.numbered()})
+    found = run_unrolled(ours(**keywords), params)
+    chex.assert_trees_all_equal(found, run_unrolled(ours(**keywords, depth=depth), params))
+    mask = {name: name.startswith("block") for name in params}
+    result = run_unrolled(optax.masked(ours(**keywords), mask), params)
+    chex.assert_trees_all_close(result["block_0"], found["block_0"], rtol=1e-6)
+
+
+def run_unrolled(tx, params):
+    state = tx.init(params)
+    updates, _ = jax.jit(tx.update)(per_layer(tree(1)), state, params)
+    return optax.apply_updates(params, updates)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_learning_rate_and_alpha_may_be_schedules_or_injected(name):
+    ours, _, keywords = OPTIMIZERS[name]
+    keywords = keywords | {"depth": DEPTH}
+    plain = run(ours(**keywords | {"alpha": 0.2}), tree(0))
+    constant = optax.constant_schedule
+    rate = keywords["learning_rate"]
+    scheduled = ours(**keywords | {"learning_rate": constant(rate), "alpha": constant(0.2)})
+    chex.assert_trees_all_close(run(scheduled, tree(0)), plain, rtol=1e-5, atol=1e-6)
+    static = ("ns_steps",) if name == "muon" else ()
+    injected = optax.inject_hyperparams(ours, static_args=static)(**keywords, alpha=0.2)
+    state = injected.init(tree(0))
+    assert {"learning_rate", "alpha"} <= set(state.hyperparams)
+    chex.assert_trees_all_close(run(injected, tree(0)), plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_parameters_and_state_keep_their_types(name, dtype):
+    ours, _, keywords = OPTIMIZERS[name]
+    params = tree(0, dtype)
+    tx = ours(**keywords, depth=DEPTH)
+    state = tx.init(params)
+    updates, after = jax.jit(tx.update)(tree(1, dtype), state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_decay_mask_spares_stacked_scales(mask):
+    params = tree(0)
+    grads = jax.tree.map(jnp.zeros_like, params)
+    tx = ds.adamw(1.0, weight_decay=0.5, mask=DEPTH.decay_mask if mask else None, depth=DEPTH)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    decayed = {path: bool(leaf.any()) for path, leaf in paths(updates)}
+    assert decayed == {
+        "embed": True,
+        "layers/kernel": True,
+        "layers/heads": True,
+        "layers/scale": not mask,
+        "norm": not mask,
+    }
+
+
+def paths(updates):
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(updates):
+        yield jax.tree_util.keystr(keys, simple=True, separator="/"), leaf
+
+
+def test_decay_mask_and_map_keep_the_tree():
+    params = {
+        "stack": jnp.ones((3, 4)),
+        "matrix": jnp.ones((3, 4)),
+        "nothing": None,
+        "masked": optax.MaskedNode(),
+        "list": [jnp.ones(3)],
+    }
+    depth = ds.Depth.from_rules({"stack": 1})
+    assert depth.decay_mask(params) == {
+        "stack": False,
+        "matrix": True,
+        "nothing": None,
+        "masked": optax.MaskedNode(),
+        "list": [False],
+    }
+    places = depth.map(lambda path, leaf, place: (path, leaf.shape, place and place.axes), params)
+    assert places["stack"] == ("stack", (3, 4), (1,))
+    assert places["list"] == [("list/0", (3,), None)]
+
+
+# Optax's own checks of its optimizers, with each of ours, over depth where there is some.
+
+CHECKS = {}
+for _name, _method in vars(common.ContribTest).items():
+    _raw = getattr(_method, "__wrapped__", None)
+    if _raw is not None:
+        CHECKS[_raw.__name__] = _raw
+RATES = {"sgd": 1e-1, "adamw": 1e-2, "lion": 1e-3, "muon": 1e-2}
+TARGETS = {
+    # A stack of three scalars; layers 0 and 1 of a matrix; both, as two groups.
+    common._setup_parabola: {"": 0},
+    common._setup_rosenbrock: {"": 0},
+    common._setup_matrix_parabola: {"": 0},
+    common._setup_mixed_tensor_target: {"0": 0, "1": 0},
+}
+
+
+def check(monkeypatch, name, optimizer, **arguments):
+    """Runs one of Optax's checks with an optimizer of ours among its own."""
+    monkeypatch.setattr(optax.contrib, "depthsmooth", optimizer, raising=False)
+    fixed = {
+        "opt_name": "depthsmooth",
+        "opt_kwargs": {"learning_rate": RATES[arguments.pop("kind")]},
+    }
+    fixed |= {"wrapper_name": None, "wrapper_kwargs": None}
+    CHECKS[name](common.ContribTest(), **fixed, **arguments)
+
+
+def optimizer_over(kind, rules, **keywords):
+    return functools.partial(getattr(ds, kind), depth=ds.Depth.from_rules(rules), **keywords)
+
+
+def test_these_are_all_of_optaxs_checks():
+    assert set(CHECKS) == {
+        "test_gradient_accumulation",
+        "test_optimizers",
+        "test_optimizers_accept_extra_args",
+        "test_optimizers_accept_learning_rate_schedule_if_type_annotated_as_such",
+        "test_optimizers_can_be_wrapped_in_inject_hyperparams",
+        "test_preserve_dtype",
+        "test_state_shape_dtype_shard_stability",
+    }
+
+
+@pytest.mark.parametrize("kind", RATES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_optimizers_converge(monkeypatch, kind, target):
+    keywords = {} if kind == "sgd" else {"weight_decay": 0.0}
+    # A rate of plain descent that suits the parabola diverges on Rosenbrock's valley.
+    steep = target is common._setup_rosenbrock and kind == "sgd"
+    rate = 1e-3 if steep else RATES[kind]
+    optimizer = optimizer_over(kind, TARGETS[target], **keywords)
+    arguments = {"kind": kind, "rate": rate, "target": target, "dtype": "float32"}
+    check(monkeypatch, "test_optimizers", optimizer, **arguments)
+
+
+@pytest.mark.parametrize("kind", RATES)
+@pytest.mark.parametrize("wrap", [True, False])
+def test_accepts_extra_args(monkeypatch, kind, wrap):
+    optimizer = optimizer_over(kind, {"": 0})
+    check(monkeypatch, "test_optimizers_accept_extra_args", optimizer, kind=kind, wrap=wrap)
+
+
+@pytest.mark.parametrize("kind", RATES)
+def test_can_be_wrapped_in_inject_hyperparams(monkeypatch, kind):
+    optimizer = optimizer_over(kind, {"1": 1})
+    name = "test_optimizers_can_be_wrapped_in_inject_hyperparams"
+    check(monkeypatch, name, optimizer, kind=kind)
+
+
+@pytest.mark.parametrize("kind", RATES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["test_preserve_dtype", "test_gradient_accumulation"])
+def test_preserves_dtype_and_accumulates(monkeypatch, kind, dtype, name):
+    check(monkeypatch, name, optimizer_over(kind, {"": 0}), kind=kind, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", RATES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_state_is_stable(monkeypatch, kind, dtype):
+    name = "test_state_shape_dtype_shard_stability"
+    optimizer = optimizer_over(kind, {"": 0})
+    check(monkeypatch, name, optimizer, kind=kind, dtype=jnp.dtype(dtype))
+
+
+@pytest.mark.parametrize("kind", RATES)
+def test_accepts_a_learning_rate_schedule_as_annotated(monkeypatch, kind):
+    name = "test_optimizers_accept_learning_rate_schedule_if_type_annotated_as_such"
+    annotation = inspect.signature(getattr(ds, kind)).parameters["learning_rate"].annotation
+    assert annotation is optax.ScalarOrSchedule
+    check(monkeypatch, name, optimizer_over(kind, {"": 0}), kind=kind)
