@@ -346,12 +346,10 @@ TARGETS = {
 def check(monkeypatch, name, optimizer, **arguments):
     """Runs one of Optax's checks with an optimizer of ours among its own."""
     monkeypatch.setattr(optax.contrib, "depthsmooth", optimizer, raising=False)
-    fixed = {
-        "opt_name": "depthsmooth",
-        "opt_kwargs": {"learning_rate": RATES[arguments.pop("kind")]},
-    }
-    fixed |= {"wrapper_name": None, "wrapper_kwargs": None}
-    CHECKS[name](common.ContribTest(), **fixed, **arguments)
+    kind = arguments.pop("kind")
+    ours = {"opt_kwargs": {"learning_rate": arguments.pop("rate", RATES[kind])}}
+    plain = {"opt_name": "depthsmooth", "wrapper_name": None, "wrapper_kwargs": None}
+    CHECKS[name](common.ContribTest(), **plain, **ours, **arguments)
 
 
 def optimizer_over(kind, rules, **keywords):
