@@ -58,12 +58,16 @@ def inner(one: Block, other: Block) -> jax.Array:
       [25.0, 100.0]
     """
     dtype = jnp.result_type(*(array.real.dtype for tensor in one for array in tensor.arrays))
-    total = jnp.zeros(layers_of(one), dtype)
+    layers = layers_of(one)
+    totals = []
     for ours, theirs in zip(one, other, strict=True):
-        held = np.array([layer for layers in ours.layers for layer in layers])
-        products = map(_inner, ours.arrays, theirs.arrays, ours.axes)
-        total = total.at[held].add(jnp.concatenate(list(products)).astype(dtype))
-    return total
+        products = list(map(_inner, ours.arrays, theirs.arrays, ours.axes))
+        held = [layer for some in ours.layers for layer in some]
+        total = jnp.concatenate(products) if len(products) > 1 else products[0]
+        if held != list(range(layers)):
+            total = jnp.zeros(layers, total.dtype).at[np.array(held)].set(total)
+        totals.append(total.astype(dtype))
+    return functools.reduce(jnp.add, totals)
 
 
 def norms(block: Block) -> jax.Array:

@@ -352,3 +352,25 @@ def test_the_state_is_one_count_whatever_is_asked_for():
     plain = ds.smooth_over_depth(0.2, depth=DEPTH).init(tree)
     for variant in VARIANTS:
         chex.assert_trees_all_equal(make(variant, ds.ema(0.5), depth=DEPTH).init(tree), plain)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("norm_over", ["tensor", "block"])
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("spec", [(None, "a"), ("a", None), ("a", "b")])
+def test_sharded_is_the_same(variant, norm_over, kind, spec):
+    tree = layers(count=8)
+    tree["layers"]["kernel"] = jnp.tile(tree["layers"]["kernel"], (1, 4, 1))
+    tree["layers"]["bias"] = jnp.tile(tree["layers"]["bias"], (1, 3))
+    tx = make(variant, ds.window(0.3), depth=DEPTH, norm_over=norm_over)
+    expected = updated(tx, tree)
+    types = (getattr(jax.sharding.AxisType, kind),) * 2
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=types)
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(
+            lambda leaf: jax.device_put(leaf, jax.NamedSharding(mesh, jax.P(*spec))), tree
+        )
+        result = updated(tx, placed)
+    for leaf, before in zip(jax.tree.leaves(result), jax.tree.leaves(placed), strict=True):
+        assert leaf.sharding.is_equivalent_to(before.sharding, leaf.ndim)
+    chex.assert_trees_all_close(jax.device_get(result), jax.device_get(expected), rtol=1e-5)
