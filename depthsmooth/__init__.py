@@ -1,6 +1,6 @@
 """Mixes the updates of neighbouring layers: Gradient Smoothing for Optax."""
 
-from depthsmooth.alias import adamw, lion, muon, muon_dimension_numbers, sgd
+from depthsmooth.alias import adamw, lion, muon, muon_dimension_numbers, normuon, sgd
 from depthsmooth.finding import AmbiguousDepthError, find_depth
 from depthsmooth.layout import Depth, DepthNotFoundError, Leaf, Track
 from depthsmooth.metrics import DepthMetrics, depth_metrics
@@ -55,6 +55,7 @@ __all__ = [
     "mean",
     "muon",
     "muon_dimension_numbers",
+    "normuon",
     "numbered",
     "operator_matrix",
     "projections",

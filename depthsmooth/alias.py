@@ -3,21 +3,42 @@
 # No postponed annotations: Optax reads from them which arguments may be schedules.
 
 import functools
-from collections.abc import Callable
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias, TypedDict, Unpack
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from depthsmooth.blocks import ratio
 from depthsmooth.cuts import Cuts
 from depthsmooth.finding import find_depth
 from depthsmooth.layout import Depth, Where
 from depthsmooth.places import Place
+from depthsmooth.stencil import narrowed, widened
 from depthsmooth.transform import NormOver, Variant, smooth_over_depth
 
 Mask: TypeAlias = optax.Params | Callable[[optax.Params], optax.Params]
 DimensionNumbers: TypeAlias = optax.Params | Callable[[optax.Params], optax.Params]
+Preconditioning: TypeAlias = Literal["frobenius", "spectral", "aol", "schatten"]
 Coefficients: TypeAlias = tuple[float, float, float] | tuple[tuple[float, float, float], ...] | str
+
+
+class OfMuon(TypedDict, total=False):
+    """What is handed on to ``optax.contrib.muon`` as it is."""
+
+    ns_coeffs: Coefficients
+    ns_steps: jax.typing.ArrayLike
+    beta: jax.typing.ArrayLike
+    eps: jax.typing.ArrayLike
+    mu_dtype: jax.typing.DTypeLike | None
+    nesterov: bool
+    adaptive: bool
+    preconditioning: Preconditioning
+    adam_b1: jax.typing.ArrayLike
+    adam_b2: jax.typing.ArrayLike
+    adam_eps_root: jax.typing.ArrayLike
+    consistent_rms: jax.typing.ArrayLike | None
 
 
 def sgd(
@@ -216,7 +237,7 @@ def muon(
     *,
     nesterov: bool = True,
     adaptive: bool = False,
-    preconditioning: Literal["frobenius", "spectral", "aol", "schatten"] = "frobenius",
+    preconditioning: Preconditioning = "frobenius",
     adam_b1: jax.typing.ArrayLike = 0.9,
     adam_b2: jax.typing.ArrayLike = 0.999,
     adam_eps_root: jax.typing.ArrayLike = 0.0,
@@ -287,72 +308,132 @@ def muon(
     References:
       Jordan, `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024.
     """
-    smooth = functools.partial(
-        smooth_over_depth, alpha, where=where, variant=variant, norm_over=norm_over, cuts=cuts
+    return _muon(
+        learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        adam_weight_decay=adam_weight_decay,
+        adam_learning_rate=adam_learning_rate,
+        dimension_numbers=muon_weight_dimension_numbers,
+        depth=depth,
+        smooth=functools.partial(
+            smooth_over_depth, alpha, where=where, variant=variant, norm_over=norm_over, cuts=cuts
+        ),
+        ns_coeffs=ns_coeffs,
+        ns_steps=ns_steps,
+        beta=beta,
+        eps=eps,
+        mu_dtype=mu_dtype,
+        nesterov=nesterov,
+        adaptive=adaptive,
+        preconditioning=preconditioning,
+        adam_b1=adam_b1,
+        adam_b2=adam_b2,
+        adam_eps_root=adam_eps_root,
+        consistent_rms=consistent_rms,
     )
-    smooth(depth=depth)
 
-    def for_tree(tree: optax.Params) -> optax.GradientTransformationExtraArgs:
-        """The optimizer of one tree, whose paths and shapes tell everything."""
-        found = find_depth(tree, metadata=False) if depth is None else depth.resolve(tree)
-        numbers = muon_weight_dimension_numbers
-        if callable(numbers):
-            numbers = numbers(tree)
-        elif numbers is None:
-            numbers = muon_dimension_numbers(found, tree)
-        if adaptive:
-            _check_alone(found)
-        # A learning rate of -1 leaves the steps as they are: positive.
-        orthogonal = optax.contrib.muon(
-            -1.0,
-            ns_coeffs=ns_coeffs,
-            ns_steps=ns_steps,
-            beta=beta,
-            eps=eps,
-            mu_dtype=mu_dtype,
-            nesterov=nesterov,
-            adaptive=adaptive,
-            preconditioning=preconditioning,
-            adam_b1=adam_b1,
-            adam_b2=adam_b2,
-            adam_eps_root=adam_eps_root,
-            muon_weight_dimension_numbers=numbers,
-            consistent_rms=consistent_rms,
-        )
-        steps = {
-            "muon": (weight_decay, weight_decay_mask, learning_rate),
-            "adam": (
-                adam_weight_decay,
-                None,
-                learning_rate if adam_learning_rate is None else adam_learning_rate,
-            ),
-        }
-        step = {
-            label: optax.chain(
-                optax.add_decayed_weights(decay, mask), optax.scale_by_learning_rate(rate)
-            )
-            for label, (decay, mask, rate) in steps.items()
-        }
-        return optax.chain(
-            orthogonal, smooth(depth=found), optax.partition(step, _labels(numbers, tree))
-        )
 
-    def init_fn(params: optax.Params) -> optax.OptState:
-        return for_tree(params).init(params)
+def normuon(
+    learning_rate: optax.ScalarOrSchedule,
+    ns_coeffs: Coefficients = (3.4445, -4.7750, 2.0315),
+    ns_steps: jax.typing.ArrayLike = 5,
+    beta: jax.typing.ArrayLike = 0.95,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay_mask: Mask | None = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    b2: jax.typing.ArrayLike = 0.95,
+    nesterov: bool = True,
+    preconditioning: Preconditioning = "frobenius",
+    adam_b1: jax.typing.ArrayLike = 0.9,
+    adam_b2: jax.typing.ArrayLike = 0.999,
+    adam_eps_root: jax.typing.ArrayLike = 0.0,
+    adam_weight_decay: jax.typing.ArrayLike = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    muon_weight_dimension_numbers: DimensionNumbers | None = None,
+    alpha: optax.ScalarOrSchedule = 0.1,
+    depth: Depth | None = None,
+    where: Where | None = None,
+    variant: Variant = "standard",
+    norm_over: NormOver = "tensor",
+    cuts: Cuts = (),
+) -> optax.GradientTransformationExtraArgs:
+    r"""NorMuon, layer by layer, with its steps smoothed over depth: as the paper trained nanochat.
 
-    def update_fn(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: object,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        tx = for_tree(updates)
-        after: tuple[optax.Updates, optax.OptState] = tx.update(
-            updates, state, params, **extra_args
-        )
-        return after
+    .. math::
+        v \leftarrow \beta_2 v + (1 - \beta_2)\, \mathrm{mean}_\mathrm{in}(O^2), \qquad
+        u = 0.2 \sqrt{m n}\, \frac{\hat O}{\|\hat O\|}, \quad \hat O = O / (\sqrt v + \epsilon)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    with O the orthogonalised momentum of one matrix of m × n: v has one number for every neuron,
+    that is for every output, and steps have the root mean square 0.2.
+
+    Args:
+      learning_rate: as in :func:`muon`, like all that follow but for ``b2``.
+      ns_coeffs: of the Newton-Schulz iterations.
+      ns_steps: how many of these.
+      beta: decay of the momentum.
+      eps: added to denominators.
+      weight_decay: of what is orthogonalised.
+      weight_decay_mask: of what is decayed among these.
+      mu_dtype: of the momentum.
+      b2: :math:`\beta_2`, decay of the neurons' second moments.
+      nesterov: whether the momentum is Nesterov's.
+      preconditioning: before the iterations.
+      adam_b1: decay of Adam's first moment.
+      adam_b2: decay of Adam's second moment.
+      adam_eps_root: added inside Adam's square root.
+      adam_weight_decay: of what goes to Adam.
+      adam_learning_rate: of what goes to Adam.
+      muon_weight_dimension_numbers: what is orthogonalised, over which axes.
+      alpha: as the rest in :func:`depthsmooth.smooth_over_depth`.
+      depth: where the layers are.
+      where: which leaves are smoothed.
+      variant: what becomes of norms.
+      norm_over: what has a norm.
+      cuts: positions across which nothing is mixed.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: as :func:`muon`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"kernel": jnp.stack([jnp.eye(2), 2 * jnp.eye(2)]), "scale": jnp.ones((2, 3))}
+      >>> tx = normuon(1.0, alpha=0.5, depth=Depth.from_rules({".*": 0}))
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> jnp.sqrt((updates["kernel"] ** 2).mean((1, 2))).round(3).tolist()
+      [0.20000000298023224, 0.20000000298023224]
+
+    References:
+      Li, Liu, Liang, Chen, Zhao, `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025.
+    """
+    return _muon(
+        learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        adam_weight_decay=adam_weight_decay,
+        adam_learning_rate=adam_learning_rate,
+        dimension_numbers=muon_weight_dimension_numbers,
+        depth=depth,
+        smooth=functools.partial(
+            smooth_over_depth, alpha, where=where, variant=variant, norm_over=norm_over, cuts=cuts
+        ),
+        rescale=functools.partial(_scale_by_neuron, b2),
+        ns_coeffs=ns_coeffs,
+        ns_steps=ns_steps,
+        beta=beta,
+        eps=eps,
+        mu_dtype=mu_dtype,
+        nesterov=nesterov,
+        preconditioning=preconditioning,
+        adam_b1=adam_b1,
+        adam_b2=adam_b2,
+        adam_eps_root=adam_eps_root,
+    )
 
 
 def muon_dimension_numbers(depth: Depth, params: optax.Params) -> optax.Params:
@@ -385,18 +466,125 @@ def muon_dimension_numbers(depth: Depth, params: optax.Params) -> optax.Params:
     return depth.map(numbers, params)
 
 
-def _labels(numbers: DimensionNumbers, tree: optax.Params) -> optax.Params:
-    """Of each leaf, whether it goes to Muon or to Adam: the numbers may be for whole subtrees."""
+def _muon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: jax.typing.ArrayLike,
+    weight_decay_mask: Mask | None,
+    adam_weight_decay: jax.typing.ArrayLike,
+    adam_learning_rate: optax.ScalarOrSchedule | None,
+    dimension_numbers: DimensionNumbers | None,
+    depth: Depth | None,
+    smooth: Callable[..., optax.GradientTransformationExtraArgs],
+    rescale: Callable[[optax.Params], optax.GradientTransformation] | None = None,
+    **of_muon: Unpack[OfMuon],
+) -> optax.GradientTransformationExtraArgs:
+    """Optax's Muon without its decay and learning rate, which come after the smoothing."""
+    smooth(depth=depth)
+    adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+    steps = {
+        "muon": optax.chain(
+            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            optax.scale_by_learning_rate(learning_rate),
+        ),
+        "adam": optax.chain(
+            optax.add_decayed_weights(adam_weight_decay), optax.scale_by_learning_rate(adam_rate)
+        ),
+    }
 
-    def is_one(node: object) -> bool:
-        return node is None or isinstance(node, optax.contrib.MuonDimensionNumbers)
+    def for_tree(tree: optax.Params) -> optax.GradientTransformationExtraArgs:
+        """The optimizer of one tree, whose paths and shapes tell everything."""
+        found = find_depth(tree, metadata=False) if depth is None else depth.resolve(tree)
+        if of_muon.get("adaptive"):
+            _check_alone(found)
+        numbers = dimension_numbers
+        if callable(numbers):
+            numbers = numbers(tree)
+        elif numbers is None:
+            numbers = muon_dimension_numbers(found, tree)
+        # A learning rate of -1 leaves the steps as they are: positive.
+        orthogonal = optax.contrib.muon(-1.0, muon_weight_dimension_numbers=numbers, **of_muon)
+        rescaled = optax.identity() if rescale is None else rescale(_of_leaves(numbers, tree))
+        labels = jax.tree.map(
+            lambda _, one: "adam" if one is None else "muon", tree, _of_leaves(numbers, tree)
+        )
+        return optax.chain(
+            orthogonal, rescaled, smooth(depth=found), optax.partition(steps, labels)
+        )
 
+    def init_fn(params: optax.Params) -> optax.OptState:
+        return for_tree(params).init(params)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: object,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        tx = for_tree(updates)
+        after: tuple[optax.Updates, optax.OptState] = tx.update(
+            updates, state, params, **extra_args
+        )
+        return after
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_one(node: object) -> bool:
+    return node is None or isinstance(node, optax.contrib.MuonDimensionNumbers)
+
+
+def _of_leaves(numbers: optax.Params, tree: optax.Params) -> optax.Params:
+    """The dimension numbers of each leaf: they may be given for whole subtrees."""
     return jax.tree.map(
-        lambda one, subtree: jax.tree.map(lambda _: "adam" if one is None else "muon", subtree),
-        numbers,
-        tree,
-        is_leaf=is_one,
+        lambda one, subtree: jax.tree.map(lambda _: one, subtree), numbers, tree, is_leaf=_is_one
     )
+
+
+def _scale_by_neuron(
+    b2: jax.typing.ArrayLike, numbers: optax.Params
+) -> optax.GradientTransformation:
+    """What NorMuon does to orthogonal steps; the rest stays as it is."""
+
+    def mean_over_inputs(leaf: jax.Array, one: optax.contrib.MuonDimensionNumbers) -> jax.Array:
+        return jnp.square(widened(leaf)).mean(_axes(one.reduction_axis), keepdims=True)
+
+    def init_fn(params: optax.Params) -> optax.Params:
+        return jax.tree.map(
+            lambda leaf, one: (
+                optax.MaskedNode() if one is None else mean_over_inputs(jnp.zeros_like(leaf), one)
+            ),
+            params,
+            numbers,
+        )
+
+    def moment(
+        step: jax.Array, before: jax.Array, one: optax.contrib.MuonDimensionNumbers | None
+    ) -> jax.Array:
+        return before if one is None else b2 * before + (1 - b2) * mean_over_inputs(step, one)
+
+    def rescaled(
+        step: jax.Array, moment: jax.Array, one: optax.contrib.MuonDimensionNumbers | None
+    ) -> jax.Array:
+        if one is None:
+            return step
+        axes = _axes(one.reduction_axis) + _axes(one.output_axis)
+        even = widened(step) / (jnp.sqrt(moment) + 1e-8)
+        rms = jnp.sqrt(jnp.square(even).mean(axes, keepdims=True))
+        return narrowed(even * ratio(0.2, rms), step)
+
+    def update_fn(
+        steps: optax.Updates, state: optax.Params, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.Params]:
+        del params
+        moments = jax.tree.map(moment, steps, state, numbers)
+        return jax.tree.map(rescaled, steps, moments, numbers), moments
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _axes(axes: int | Sequence[int]) -> tuple[int, ...]:
+    return (axes,) if isinstance(axes, int) else tuple(axes)
 
 
 def _check_alone(depth: Depth) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 Axes = tuple[int, ...]
 """The axes of a leaf that run over its layers, outer to inner; none for a leaf of one layer."""
 
-_MOST_SHIFTS = 8
+_MOST_SHIFTS = 16
 """Stencils of more offsets are faster as a matrix: see benchmarks/large_radius.py."""
 
 Weights = np.ndarray | jax.Array | Sequence[np.ndarray | jax.Array]
@@ -177,7 +177,7 @@ def apply(
     narrower than 32 bits are mixed in float32 and cast back; float32, float64 and
     complex types keep their own arithmetic.
 
-    A stencil of more than 8 offsets is applied as a matrix instead, to all the layers
+    A stencil of more than 16 offsets is applied as a matrix instead, to all the layers
     brought together: faster from there on (``benchmarks/large_radius.py``), at the cost
     of a copy, and of a NaN in one layer reaching every other.
 

@@ -26,6 +26,7 @@ OPTIMIZERS = {
         optax.contrib.muon,
         {"learning_rate": 0.1, "weight_decay": 0.1, "adam_weight_decay": 0.2},
     ),
+    "normuon": (ds.normuon, None, {"learning_rate": 0.1, "b2": 0.9}),
 }
 
 
@@ -51,7 +52,7 @@ def run(tx, params, steps=3, dtype="float32"):
     return params
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "normuon"])
 def test_signatures_are_those_of_optax(name):
     ours, theirs, _ = OPTIMIZERS[name]
     mine, others = (inspect.signature(each).parameters for each in (ours, theirs))
@@ -64,7 +65,7 @@ def test_signatures_are_those_of_optax(name):
     assert all(mine[p].kind is inspect.Parameter.KEYWORD_ONLY for p in OURS)
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "muon"])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "muon" not in name])
 def test_unsmoothed_it_is_the_optimizer_of_optax(name):
     ours, theirs, keywords = OPTIMIZERS[name]
     smoothless = run(ours(**keywords, alpha=0.0, depth=DEPTH), tree(0))
@@ -238,6 +239,50 @@ def test_muon_refuses_what_smoothing_refuses_at_once():
         ds.muon(0.1, depth=0)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_normuon_is_what_its_paper_says(alpha):
+    """Layer by layer, from what Muon makes orthogonal, over three steps."""
+    params = per_layer(tree(0))
+    orthogonal = optax.contrib.muon(-1.0)
+    tx = ds.normuon(0.5, b2=0.9, alpha=alpha, weight_decay=0.1, adam_learning_rate=0.1, depth=DEPTH)
+    adam = optax.adam(0.1, nesterov=True)
+    states = orthogonal.init(params), tx.init(tree(0)), adam.init(params)
+    moments = np.zeros((5, 1, 3))
+    for step in range(3):
+        grads = tree(step + 1)
+        matrices, first = orthogonal.update(per_layer(grads), states[0], params)
+        updates, second = jax.jit(tx.update)(grads, states[1], tree(0))
+        vectors, third = adam.update(per_layer(grads), states[2], params)
+        states = first, second, third
+        steps = np.stack([matrices[f"block_{k}"]["kernel"] for k in range(5)]).astype(float)
+        moments = 0.9 * moments + 0.1 * (steps**2).mean(1, keepdims=True)
+        even = steps / np.sqrt(moments)
+        even *= 0.2 * np.sqrt(12) / np.sqrt((even**2).sum((1, 2), keepdims=True))
+        mixed = np.tensordot(ds.operator_matrix(ds.window(alpha), 5), even, 1)
+        expected = -0.5 * (mixed + 0.1 * np.asarray(tree(0)["layers"]["kernel"]))
+        np.testing.assert_allclose(updates["layers"]["kernel"], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(updates["norm"], vectors["norm"], rtol=1e-5)
+    assert jax.tree.leaves(tx.init(jax.tree.map(jnp.zeros_like, tree(0))))
+
+
+def test_normuon_leaves_frozen_layers_alone_and_takes_what_muon_takes():
+    grads = tree(1)
+    grads["layers"]["kernel"] = grads["layers"]["kernel"].at[2].set(0)
+    tx = ds.normuon(0.1, alpha=0.0, depth=DEPTH, ns_steps=3, nesterov=False, mu_dtype="bfloat16")
+    updates, _ = tx.update(grads, tx.init(tree(0)), tree(0))
+    assert not updates["layers"]["kernel"][2].any()
+    rms = np.sqrt((np.asarray(updates["layers"]["kernel"]) ** 2).mean((1, 2)))
+    np.testing.assert_allclose(rms, [0.02, 0.02, 0, 0.02, 0.02], rtol=1e-5)
+
+
+@pytest.mark.parametrize("tx", [ds.muon(0.1, depth=DEPTH), ds.normuon(0.1, depth=DEPTH)])
+def test_state_maps_like_optaxs(tx):
+    state = tx.init(tree(0))
+    marked = optax.tree.map_params(tx, lambda _: "param", state, transform_non_params=lambda _: 0)
+    assert {leaf for leaf in jax.tree.leaves(marked) if isinstance(leaf, str)} == {"param"}
+    jax.tree.map(lambda one, two: None, state, marked)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_finds_depth_by_itself_also_in_a_part_of_the_tree(name):
     ours, _, keywords = OPTIMIZERS[name]
@@ -265,7 +310,7 @@ def test_learning_rate_and_alpha_may_be_schedules_or_injected(name):
     rate = keywords["learning_rate"]
     scheduled = ours(**keywords | {"learning_rate": constant(rate), "alpha": constant(0.2)})
     chex.assert_trees_all_close(run(scheduled, tree(0)), plain, rtol=1e-5, atol=1e-6)
-    static = ("ns_steps",) if name == "muon" else ()
+    static = ("ns_steps",) if "muon" in name else ()
     injected = optax.inject_hyperparams(ours, static_args=static)(**keywords, alpha=0.2)
     state = injected.init(tree(0))
     assert {"learning_rate", "alpha"} <= set(state.hyperparams)
@@ -333,7 +378,7 @@ for _name, _method in vars(common.ContribTest).items():
     _raw = getattr(_method, "__wrapped__", None)
     if _raw is not None:
         CHECKS[_raw.__name__] = _raw
-RATES = {"sgd": 1e-1, "adamw": 1e-2, "lion": 1e-3, "muon": 1e-2}
+RATES = {"sgd": 1e-1, "adamw": 1e-2, "lion": 1e-3, "muon": 1e-2, "normuon": 1e-2}
 TARGETS = {
     # A stack of three scalars; layers 0 and 1 of a matrix; both, as two groups.
     common._setup_parabola: {"": 0},

@@ -60,9 +60,9 @@ OPERATORS = {
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_variants_are_what_the_paper_says(variant, norm_over, operator, jit):
-    tree = layers()
+    tree = layers(count=9)
     tx = make(variant, OPERATORS[operator], depth=DEPTH, norm_over=norm_over)
-    matrix = ds.operator_matrix(OPERATORS[operator], 5)
+    matrix = ds.operator_matrix(OPERATORS[operator], 9)
     expected = reference.augmented(wide(tree), matrix, variant, norm_over)
     for name, leaf in updated(tx, tree, jit)["layers"].items():
         np.testing.assert_allclose(leaf, expected[name], rtol=1e-5, atol=1e-5)
