@@ -1,6 +1,6 @@
 """Mixes the updates of neighbouring layers: Gradient Smoothing for Optax."""
 
-from depthsmooth.alias import adamw, lion, muon, muon_dimension_numbers, normuon, sgd
+from depthsmooth.alias import adamw, lion, muon, normuon, sgd
 from depthsmooth.finding import AmbiguousDepthError, find_depth
 from depthsmooth.layout import Depth, DepthNotFoundError, Leaf, Track
 from depthsmooth.metrics import DepthMetrics, depth_metrics
@@ -17,6 +17,7 @@ from depthsmooth.operators import (
     shuffled,
     window,
 )
+from depthsmooth.orthogonal import muon_dimension_numbers
 from depthsmooth.places import Place
 from depthsmooth.rules import Rule, interleaved, numbered, sequence
 from depthsmooth.scope import projections

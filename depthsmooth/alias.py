@@ -3,42 +3,21 @@
 # No postponed annotations: Optax reads from them which arguments may be schedules.
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias, TypedDict, Unpack
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from depthsmooth.blocks import ratio
 from depthsmooth.cuts import Cuts
-from depthsmooth.finding import find_depth
 from depthsmooth.layout import Depth, Where
-from depthsmooth.places import Place
-from depthsmooth.stencil import narrowed, widened
+from depthsmooth.orthogonal import (
+    Coefficients,
+    DimensionNumbers,
+    Mask,
+    Preconditioning,
+    muon_over_depth,
+    scale_by_neuron,
+)
 from depthsmooth.transform import NormOver, Variant, smooth_over_depth
-
-Mask: TypeAlias = optax.Params | Callable[[optax.Params], optax.Params]
-DimensionNumbers: TypeAlias = optax.Params | Callable[[optax.Params], optax.Params]
-Preconditioning: TypeAlias = Literal["frobenius", "spectral", "aol", "schatten"]
-Coefficients: TypeAlias = tuple[float, float, float] | tuple[tuple[float, float, float], ...] | str
-
-
-class OfMuon(TypedDict, total=False):
-    """What is handed on to ``optax.contrib.muon`` as it is."""
-
-    ns_coeffs: Coefficients
-    ns_steps: jax.typing.ArrayLike
-    beta: jax.typing.ArrayLike
-    eps: jax.typing.ArrayLike
-    mu_dtype: jax.typing.DTypeLike | None
-    nesterov: bool
-    adaptive: bool
-    preconditioning: Preconditioning
-    adam_b1: jax.typing.ArrayLike
-    adam_b2: jax.typing.ArrayLike
-    adam_eps_root: jax.typing.ArrayLike
-    consistent_rms: jax.typing.ArrayLike | None
 
 
 def sgd(
@@ -308,7 +287,7 @@ def muon(
     References:
       Jordan, `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024.
     """
-    return _muon(
+    return muon_over_depth(
         learning_rate,
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,
@@ -411,7 +390,7 @@ def normuon(
     References:
       Li, Liu, Liang, Chen, Zhao, `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025.
     """
-    return _muon(
+    return muon_over_depth(
         learning_rate,
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,
@@ -422,7 +401,7 @@ def normuon(
         smooth=functools.partial(
             smooth_over_depth, alpha, where=where, variant=variant, norm_over=norm_over, cuts=cuts
         ),
-        rescale=functools.partial(_scale_by_neuron, b2),
+        rescale=functools.partial(scale_by_neuron, b2),
         ns_coeffs=ns_coeffs,
         ns_steps=ns_steps,
         beta=beta,
@@ -434,164 +413,3 @@ def normuon(
         adam_b2=adam_b2,
         adam_eps_root=adam_eps_root,
     )
-
-
-def muon_dimension_numbers(depth: Depth, params: optax.Params) -> optax.Params:
-    """What Muon orthogonalises: the leaves of two axes in one layer, each layer by itself.
-
-    Args:
-      depth: where the layers are.
-      params: parameters or updates.
-
-    Returns:
-      A tree of the same structure, of ``optax.contrib.MuonDimensionNumbers`` and, where a leaf
-      is no matrix, None.
-
-    Raises:
-      ValueError: if a leaf does not fit its place.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> params = {"kernel": jnp.ones((2, 3, 4)), "scale": jnp.ones((2, 3))}
-      >>> muon_dimension_numbers(Depth.from_rules({".*": 0}), params)
-      {'kernel': MuonDimensionNumbers(reduction_axis=1, output_axis=2), 'scale': None}
-    """
-
-    def numbers(
-        path: str, leaf: jax.Array, place: Place | None
-    ) -> optax.contrib.MuonDimensionNumbers | None:
-        axes = [axis for axis in range(leaf.ndim) if place is None or axis not in place.axes]
-        return optax.contrib.MuonDimensionNumbers(*axes) if len(axes) == 2 else None
-
-    return depth.map(numbers, params)
-
-
-def _muon(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    weight_decay: jax.typing.ArrayLike,
-    weight_decay_mask: Mask | None,
-    adam_weight_decay: jax.typing.ArrayLike,
-    adam_learning_rate: optax.ScalarOrSchedule | None,
-    dimension_numbers: DimensionNumbers | None,
-    depth: Depth | None,
-    smooth: Callable[..., optax.GradientTransformationExtraArgs],
-    rescale: Callable[[optax.Params], optax.GradientTransformation] | None = None,
-    **of_muon: Unpack[OfMuon],
-) -> optax.GradientTransformationExtraArgs:
-    """Optax's Muon without its decay and learning rate, which come after the smoothing."""
-    smooth(depth=depth)
-    adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    steps = {
-        "muon": optax.chain(
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
-            optax.scale_by_learning_rate(learning_rate),
-        ),
-        "adam": optax.chain(
-            optax.add_decayed_weights(adam_weight_decay), optax.scale_by_learning_rate(adam_rate)
-        ),
-    }
-
-    def for_tree(tree: optax.Params) -> optax.GradientTransformationExtraArgs:
-        """The optimizer of one tree, whose paths and shapes tell everything."""
-        found = find_depth(tree, metadata=False) if depth is None else depth.resolve(tree)
-        if of_muon.get("adaptive"):
-            _check_alone(found)
-        numbers = dimension_numbers
-        if callable(numbers):
-            numbers = numbers(tree)
-        elif numbers is None:
-            numbers = muon_dimension_numbers(found, tree)
-        # A learning rate of -1 leaves the steps as they are: positive.
-        orthogonal = optax.contrib.muon(-1.0, muon_weight_dimension_numbers=numbers, **of_muon)
-        rescaled = optax.identity() if rescale is None else rescale(_of_leaves(numbers, tree))
-        labels = jax.tree.map(
-            lambda _, one: "adam" if one is None else "muon", tree, _of_leaves(numbers, tree)
-        )
-        return optax.chain(
-            orthogonal, rescaled, smooth(depth=found), optax.partition(steps, labels)
-        )
-
-    def init_fn(params: optax.Params) -> optax.OptState:
-        return for_tree(params).init(params)
-
-    def update_fn(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: object,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        tx = for_tree(updates)
-        after: tuple[optax.Updates, optax.OptState] = tx.update(
-            updates, state, params, **extra_args
-        )
-        return after
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _is_one(node: object) -> bool:
-    return node is None or isinstance(node, optax.contrib.MuonDimensionNumbers)
-
-
-def _of_leaves(numbers: optax.Params, tree: optax.Params) -> optax.Params:
-    """The dimension numbers of each leaf: they may be given for whole subtrees."""
-    return jax.tree.map(
-        lambda one, subtree: jax.tree.map(lambda _: one, subtree), numbers, tree, is_leaf=_is_one
-    )
-
-
-def _scale_by_neuron(
-    b2: jax.typing.ArrayLike, numbers: optax.Params
-) -> optax.GradientTransformation:
-    """What NorMuon does to orthogonal steps; the rest stays as it is."""
-
-    def mean_over_inputs(leaf: jax.Array, one: optax.contrib.MuonDimensionNumbers) -> jax.Array:
-        return jnp.square(widened(leaf)).mean(_axes(one.reduction_axis), keepdims=True)
-
-    def init_fn(params: optax.Params) -> optax.Params:
-        return jax.tree.map(
-            lambda leaf, one: (
-                optax.MaskedNode() if one is None else mean_over_inputs(jnp.zeros_like(leaf), one)
-            ),
-            params,
-            numbers,
-        )
-
-    def moment(
-        step: jax.Array, before: jax.Array, one: optax.contrib.MuonDimensionNumbers | None
-    ) -> jax.Array:
-        return before if one is None else b2 * before + (1 - b2) * mean_over_inputs(step, one)
-
-    def rescaled(
-        step: jax.Array, moment: jax.Array, one: optax.contrib.MuonDimensionNumbers | None
-    ) -> jax.Array:
-        if one is None:
-            return step
-        axes = _axes(one.reduction_axis) + _axes(one.output_axis)
-        even = widened(step) / (jnp.sqrt(moment) + 1e-8)
-        rms = jnp.sqrt(jnp.square(even).mean(axes, keepdims=True))
-        return narrowed(even * ratio(0.2, rms), step)
-
-    def update_fn(
-        steps: optax.Updates, state: optax.Params, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.Params]:
-        del params
-        moments = jax.tree.map(moment, steps, state, numbers)
-        return jax.tree.map(rescaled, steps, moments, numbers), moments
-
-    return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _axes(axes: int | Sequence[int]) -> tuple[int, ...]:
-    return (axes,) if isinstance(axes, int) else tuple(axes)
-
-
-def _check_alone(depth: Depth) -> None:
-    """Raises if layers are stacked, which one dual norm would be taken of."""
-    for leaf in depth.leaves:
-        if leaf.place is not None and leaf.place.axes:
-            raise ValueError(
-                f"{leaf} holds {len(leaf.place.layers)} layers, but adaptive=True scales each leaf "
-                "by one number: leave it out, or give each layer leaves of its own."
-            )

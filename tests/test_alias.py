@@ -12,7 +12,7 @@ import pytest
 from optax.contrib import _common_test as common
 
 import depthsmooth as ds
-from depthsmooth.alias import muon_dimension_numbers
+from depthsmooth import muon_dimension_numbers
 
 DEPTH = ds.Depth.from_rules({"layers/.*": 0})
 OURS = ("alpha", "depth", "where", "variant", "norm_over", "cuts")
