@@ -29,7 +29,7 @@ def test_the_picture_shows_what_its_description_says(placement):
         expected = np.zeros(12)
         for layer, value in values.items():
             expected[layer] = value
-        return pytest.approx(expected, abs=1e-6)
+        return pytest.approx(expected, abs=1e-4)
 
     assert plain["step"] == at({3: -1})
     assert paper["step"] == whole["step"] == at({2: -0.25, 3: -0.5, 4: -0.25})
@@ -90,5 +90,5 @@ def test_norms_become_smaller_as_the_text_says():
     alpha = 0.4
     grads = {"layers": jax.random.normal(jax.random.key(0), (400, 100))}
     tx = ds.smooth_over_depth(alpha, depth=DEPTH)
-    factor = optax.global_norm(tx.update(grads, tx.init(grads))[0]) / optax.global_norm(grads)
+    factor = optax.tree.norm(tx.update(grads, tx.init(grads))[0]) / optax.tree.norm(grads)
     assert float(factor) == pytest.approx(((1 - alpha) ** 2 + alpha**2 / 2) ** 0.5, rel=0.01)
