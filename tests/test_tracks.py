@@ -150,3 +150,20 @@ def test_a_masked_layer_counts_as_absent():
     result, _ = tx.update(masked, tx.init(masked))
     assert isinstance(result["block_2"], optax.MaskedNode)
     assert [float(result[f"block_{i}"][0]) for i in (0, 1, 3, 4)] == [0.25, 0.75, 3.25, 3.75]
+
+
+def test_a_compiled_update_is_the_same_in_every_bit_in_every_layout():
+    """What a compiler fuses differently, it must not round differently."""
+    layers = np.random.default_rng(0).normal(size=(7, 33, 65)).astype("float32")
+
+    def smooth(tree, rule):
+        tx = ds.smooth_over_depth(0.3, depth=ds.Depth.from_rules({".*": rule}))
+        return jax.jit(tx.update)(tree, tx.init(tree))[0]
+
+    stacked = np.asarray(smooth({"layers": jnp.asarray(layers)}, 0)["layers"])
+    last = smooth({"layers": jnp.asarray(np.moveaxis(layers, 0, -1))}, -1)["layers"]
+    unrolled = smooth(
+        {f"block_{k}": jnp.asarray(layer) for k, layer in enumerate(layers)}, ds.numbered()
+    )
+    np.testing.assert_array_equal(np.moveaxis(np.asarray(last), -1, 0), stacked)
+    np.testing.assert_array_equal([unrolled[f"block_{k}"] for k in range(7)], stacked)
