@@ -343,8 +343,6 @@ def narrowed(mixed: jax.Array, update: jax.Array) -> jax.Array:
 def some_of(weights: jax.Array, layers: Sequence[int]) -> jax.Array:
     """The weights of some layers; by a slice, which compiles better, if evenly spaced."""
     step = layers[1] - layers[0] if len(layers) > 1 else 1
-    if list(layers) == list(range(len(weights))):
-        return weights
     if list(layers) == list(range(layers[0], layers[-1] + 1, step)):
         return weights[layers[0] : layers[-1] + 1 : step]
     return weights[np.asarray(layers)]

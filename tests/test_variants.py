@@ -75,7 +75,7 @@ def test_one_rounding_at_the_end(variant, dtype):
     with jax.enable_x64(True):
         tree = layers(dtype=dtype)
         if dtype == "complex64":
-            tree = jax.tree.map(lambda leaf: leaf * jnp.complex64(1 + 2j), tree)
+            tree = jax.tree.map(jax.lax.complex, layers(0), layers(1))
         tx = make(variant, ds.window(0.3), depth=DEPTH)
         result = updated(tx, tree)
         chex.assert_trees_all_equal_shapes_and_dtypes(result, tree)
@@ -184,6 +184,7 @@ def test_what_is_not_finite_shows(variant, bad):
     tree["layers"]["bias"] = tree["layers"]["bias"].at[2, 1].set(bad)
     result = updated(make(variant, ds.window(0.3), depth=DEPTH), tree)
     assert not jnp.isfinite(result["layers"]["bias"][2, 1])
+    assert result["layers"]["bias"][2].all() or variant == "directional"
     assert jnp.isfinite(result["layers"]["bias"][0]).all()
     assert jnp.isfinite(result["layers"]["kernel"]).all()
 
