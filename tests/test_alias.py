@@ -24,9 +24,9 @@ OPTIMIZERS = {
     "muon": (
         ds.muon,
         optax.contrib.muon,
-        {"learning_rate": 0.1, "weight_decay": 0.1, "adam_weight_decay": 0.2},
+        {"learning_rate": 0.1, "weight_decay": 0.1, "adam_weight_decay": 0.2, "ns_steps": 1},
     ),
-    "normuon": (ds.normuon, None, {"learning_rate": 0.1, "b2": 0.9}),
+    "normuon": (ds.normuon, None, {"learning_rate": 0.1, "b2": 0.9, "ns_steps": 1}),
 }
 
 
@@ -72,6 +72,89 @@ def test_unsmoothed_it_is_the_optimizer_of_optax(name):
     chex.assert_trees_all_close(smoothless, run(theirs(**keywords), tree(0)), rtol=1e-6)
 
 
+ARGUMENTS = {
+    "sgd": {"momentum": 0.8, "nesterov": True, "accumulator_dtype": "bfloat16"},
+    "adamw": {
+        "b1": 0.5,
+        "b2": 0.9,
+        "eps": 0.1,
+        "eps_root": 0.1,
+        "mu_dtype": "bfloat16",
+        "weight_decay": optax.linear_schedule(0.0, 0.5, 3),
+        "mask": {"embed": True, "layers": False, "norm": True},
+        "nesterov": True,
+    },
+    "lion": {
+        "b1": 0.1,
+        "b2": 0.5,
+        "mu_dtype": "bfloat16",
+        "weight_decay": optax.linear_schedule(0.0, 0.5, 3),
+        "mask": lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+    },
+    "muon": {
+        "ns_coeffs": (3.0, -3.2, 1.2),
+        "ns_steps": 2,
+        "beta": 0.5,
+        "eps": 0.5,
+        "weight_decay": 0.5,
+        "weight_decay_mask": {"embed": True, "layers": False, "norm": True},
+        "mu_dtype": "bfloat16",
+        "nesterov": False,
+        "adaptive": True,
+        "preconditioning": "aol",
+        "adam_b1": 0.5,
+        "adam_b2": 0.9,
+        "adam_eps_root": 0.1,
+        "adam_weight_decay": 0.5,
+        "adam_learning_rate": 0.01,
+        "muon_weight_dimension_numbers": {
+            "embed": None,
+            "layers": {
+                "kernel": optax.contrib.MuonDimensionNumbers(0, (1, 2)),
+                "scale": None,
+                "heads": None,
+            },
+            "norm": None,
+        },
+        "consistent_rms": 0.7,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [(name, one) for name, some in ARGUMENTS.items() for one in some]
+)
+def test_every_argument_does_what_it_does_in_optax(name, argument):
+    """Nothing is smoothed here, and nothing stacked."""
+    ours, theirs, _ = OPTIMIZERS[name]
+    # A single iteration compiles quickly.
+    keywords = {"ns_steps": 1} if name == "muon" else {}
+    keywords |= {argument: ARGUMENTS[name][argument]}
+    needs = {"nesterov": "momentum", "accumulator_dtype": "momentum", "mask": "weight_decay"}
+    needs |= {"weight_decay_mask": "weight_decay"}
+    if needs.get(argument) in ARGUMENTS[name]:
+        keywords[needs[argument]] = ARGUMENTS[name][needs[argument]]
+    nowhere = ds.Depth.from_rules({})
+    tx = ours(0.1, **keywords, depth=nowhere)
+    if argument.endswith("dtype"):
+        kept = {leaf.dtype for leaf in jax.tree.leaves(tx.init(tree(0))) if leaf.ndim > 0}
+        assert jnp.dtype("bfloat16") in kept
+    result = run(tx, tree(0))
+    chex.assert_trees_all_close(result, run(theirs(0.1, **keywords), tree(0)), rtol=1e-5)
+    if (name, argument) == ("lion", "mu_dtype"):
+        return  # changes no sign here
+    keywords.pop(argument)
+    without = run(theirs(0.1, **keywords), tree(0))
+    difference = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), result, without)
+    assert max(jax.tree.leaves(difference)) > 1e-5
+
+
+def test_the_arguments_are_all_that_there_are():
+    for name, some in ARGUMENTS.items():
+        parameters = inspect.signature(OPTIMIZERS[name][1]).parameters
+        assert set(parameters) == {"learning_rate", *some}
+
+
 @pytest.mark.parametrize("variant", ["standard", "norm_preserving", "directional"])
 @pytest.mark.parametrize(
     ("name", "before", "decay"),
@@ -109,15 +192,14 @@ def per_layer(params):
 
 
 @pytest.mark.parametrize(
-    "keywords",
+    ("axis", "keywords"),
     [
-        {},
-        {"consistent_rms": 0.2, "weight_decay": 0.1, "adam_weight_decay": 0.05},
-        {"ns_coeffs": "dion", "nesterov": False, "adam_learning_rate": 0.03},
-        {"preconditioning": "schatten", "beta": 0.8, "weight_decay_mask": None},
+        (0, {}),
+        (1, {"consistent_rms": 0.2, "weight_decay": 0.1, "adam_weight_decay": 0.05, "ns_steps": 2}),
+        (2, {"ns_coeffs": "dion", "nesterov": False, "adam_learning_rate": 0.03}),
+        (1, {"preconditioning": "schatten", "beta": 0.8, "ns_steps": 2}),
     ],
 )
-@pytest.mark.parametrize("axis", [0, 1, 2])
 def test_muon_on_a_stack_is_muon_on_every_layer(keywords, axis):
     """Optax's own, on layers with leaves of their own, smoothed or not."""
 
@@ -223,11 +305,10 @@ def test_adaptive_muon_is_refused_on_a_stack():
         ds.muon(0.1, adaptive=True, depth=DEPTH).init(tree(0))
     unrolled = per_layer(tree(0))
     depth = ds.Depth.from_rules({r"block_\d/.*": ds.numbered()})
-    ours = ds.muon(0.1, adaptive=True, alpha=0.0, depth=depth)
-    theirs = optax.contrib.muon(0.1, adaptive=True)
+    ours = ds.muon(0.1, adaptive=True, ns_steps=1, alpha=0.0, depth=depth)
+    theirs = optax.contrib.muon(0.1, adaptive=True, ns_steps=1)
     chex.assert_trees_all_close(
-        ours.update(unrolled, ours.init(unrolled), unrolled)[0],
-        theirs.update(unrolled, theirs.init(unrolled), unrolled)[0],
+        *(jax.jit(tx.update)(unrolled, tx.init(unrolled), unrolled)[0] for tx in (ours, theirs)),
         rtol=1e-5,
     )
 
@@ -243,16 +324,17 @@ def test_muon_refuses_what_smoothing_refuses_at_once():
 def test_normuon_is_what_its_paper_says(alpha):
     """Layer by layer, from what Muon makes orthogonal, over three steps."""
     params = per_layer(tree(0))
-    orthogonal = optax.contrib.muon(-1.0)
-    tx = ds.normuon(0.5, b2=0.9, alpha=alpha, weight_decay=0.1, adam_learning_rate=0.1, depth=DEPTH)
+    orthogonal = optax.contrib.muon(-1.0, ns_steps=2)
+    keywords = {"weight_decay": 0.1, "adam_learning_rate": 0.1, "ns_steps": 2}
+    tx = ds.normuon(0.5, b2=0.9, alpha=alpha, depth=DEPTH, **keywords)
     adam = optax.adam(0.1, nesterov=True)
     states = orthogonal.init(params), tx.init(tree(0)), adam.init(params)
     moments = np.zeros((5, 1, 3))
     for step in range(3):
         grads = tree(step + 1)
-        matrices, first = orthogonal.update(per_layer(grads), states[0], params)
+        matrices, first = jax.jit(orthogonal.update)(per_layer(grads), states[0], params)
         updates, second = jax.jit(tx.update)(grads, states[1], tree(0))
-        vectors, third = adam.update(per_layer(grads), states[2], params)
+        vectors, third = jax.jit(adam.update)(per_layer(grads), states[2], params)
         states = first, second, third
         steps = np.stack([matrices[f"block_{k}"]["kernel"] for k in range(5)]).astype(float)
         moments = 0.9 * moments + 0.1 * (steps**2).mean(1, keepdims=True)
