@@ -6,7 +6,8 @@ import jax
 
 from depthsmooth.places import shape_of
 
-_NORM = re.compile(r"norm|(^|_)(ln|bn|rms)(_|$)")
+_NORM = re.compile(r"norm|(^|_)(ln|bn|gn|rms)(_|$)")
+_NOT_LINEAR = re.compile(_NORM.pattern + r"|(^|_)embed(ding)?s?$")
 _MATRIX = re.compile(r"(^|_)(w|weights?|linear|einsum|router|proj|lora)(_|$)|^w([a-z]{1,3}|_.*)$")
 _BIAS = re.compile(r"^b(ias)?$|^b_?[a-z]{1,2}$|^b_(in|out|gate|up|down|proj)$|_bias$|^bias_")
 _OTHER = re.compile(r"embed|(^|_)(pos|dt|rel\w*)_|scale|scalar|gamma|beta|offset")
@@ -41,7 +42,7 @@ def projections(path: str, leaf: jax.Array) -> bool:
     name, module = (["", *named])[-1], (["", "", *named])[-2]
     if name == "kernel":
         return True
-    if _OTHER.search(name) or _NORM.search(name) or _NORM.search(module):
+    if _OTHER.search(name) or _NORM.search(name) or _NOT_LINEAR.search(module):
         return False
     return bool(_MATRIX.search(name) or _BIAS.search(name)) or len(shape_of(leaf)) >= 3
 

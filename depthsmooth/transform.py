@@ -140,7 +140,7 @@ def augment_over_depth(
         in the former.
       cuts: positions across which nothing is mixed, as where dense layers end and sparse
         ones begin: 4 parts layers 0 to 3 from those from 4 on. For every group, or a
-        mapping from the name of a group to its cuts.
+        mapping from the name of a group to its cuts. They need a ``depth``.
 
     Returns:
       A transformation with the state :class:`SmoothOverDepthState`. Updates keep
@@ -255,6 +255,12 @@ def _over_depth(
     if where is not None and not callable(where):
         raise ValueError(f"where is {where!r}, but has to be a function of a path and a leaf.")
     cuts_.check(cuts)
+    if cuts and depth is None:
+        raise ValueError(
+            f"cuts are {cuts!r}, which count the layers of a depth: give it, by depth=..., such as "
+            "find_depth(params) or trace_depth(loss_fn, params, batch). Then it also counts layers "
+            "that are masked."
+        )
 
     def depth_of(tree: optax.Params) -> Depth:
         found = find_depth(tree, metadata=False) if depth is None else depth.resolve(tree)

@@ -357,6 +357,34 @@ def test_normuon_leaves_frozen_layers_alone_and_takes_what_muon_takes():
     np.testing.assert_allclose(rms, [0.02, 0.02, 0, 0.02, 0.02], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "argument", [name for name in ARGUMENTS["muon"] if name not in ("adaptive", "consistent_rms")]
+)
+def test_every_argument_of_normuon_does_something(argument):
+    """The same as that of Muon, which is compared with Optax's."""
+    params = {"embed": tree(0)["embed"], "norm": tree(0)["norm"]}
+    value = ARGUMENTS["muon"][argument]
+    if argument == "weight_decay_mask":
+        value = {"embed": False, "norm": True}
+    if argument == "muon_weight_dimension_numbers":
+        value = {"embed": None, "norm": None}
+    keywords = {"depth": ds.Depth.from_rules({}), "ns_steps": 1, "weight_decay": 0.1}
+
+    def after(**others):
+        tx = ds.normuon(0.1, **keywords | others)
+        now, state = params, tx.init(params)
+        update = jax.jit(tx.update)
+        for step in (1, 2):
+            grads = {name: tree(step)[name] for name in params}
+            updates, state = update(grads, state, now)
+            now = optax.apply_updates(now, updates)
+        return now, {leaf.dtype for leaf in jax.tree.leaves(state)}
+
+    (plain, kept), (changed, others) = after(), after(**{argument: value})
+    same = jax.tree.map(lambda a, b: bool(jnp.allclose(a, b, atol=1e-6)), plain, changed)
+    assert not all(jax.tree.leaves(same)) or kept != others
+
+
 @pytest.mark.parametrize("tx", [ds.muon(0.1, depth=DEPTH), ds.normuon(0.1, depth=DEPTH)])
 def test_state_maps_like_optaxs(tx):
     state = tx.init(tree(0))

@@ -252,6 +252,12 @@ def test_refuses_cuts_that_are_not_there(cuts, message):
         ds.smooth_over_depth(0.2, depth=DEPTH, cuts=cuts).init(layers())
 
 
+def test_cuts_need_a_depth():
+    """What is found in a tree of which a layer is masked counts from the next one."""
+    with pytest.raises(ValueError, match=r"cuts are \(3,\), which count .* give it, by depth="):
+        ds.smooth_over_depth(0.2, cuts=(3,))
+
+
 @pytest.mark.parametrize("norm_over", ["tensor", "block"])
 def test_where_selects_leaves(norm_over):
     tree = layers()
