@@ -57,22 +57,29 @@ def inner(one: Block, other: Block) -> jax.Array:
       >>> inner([stack], [stack]).tolist()
       [25.0, 100.0]
     """
-    dtype = jnp.result_type(*(array.real.dtype for tensor in one for array in tensor.arrays))
+    dtypes = [array.real.dtype for tensor in one for array in tensor.arrays]
+    dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
     layers = layers_of(one)
     totals = []
     for ours, theirs in zip(one, other, strict=True):
-        products = list(map(_inner, ours.arrays, theirs.arrays, ours.axes))
+        products = [
+            product.astype(dtype) for product in map(_inner, ours.arrays, theirs.arrays, ours.axes)
+        ]
         held = [layer for some in ours.layers for layer in some]
         total = jnp.concatenate(products) if len(products) > 1 else products[0]
         if held != list(range(layers)):
-            total = jnp.zeros(layers, total.dtype).at[np.array(held)].set(total)
-        totals.append(total.astype(dtype))
+            total = jnp.zeros(layers, dtype).at[np.array(held)].set(total)
+        totals.append(total)
     return functools.reduce(jnp.add, totals)
 
 
 def norms(block: Block) -> jax.Array:
-    r"""The norm of each layer: :math:`\sqrt{\sum |u|^2}`, of shape ``(L,)``."""
-    return jnp.sqrt(inner(block, block))
+    r"""The norm of each layer: :math:`\sqrt{\sum |u|^2}`, of shape ``(L,)``.
+
+    Where it is 0 its gradient is taken to be 0, too.
+    """
+    squares = inner(block, block)
+    return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
 
 
 def scaled(block: Block, factors: jax.Array) -> Block:

@@ -265,7 +265,7 @@ def from_kernel(
         found = reflected if boundary == "reflect" else np.where(there, neighbour, nowhere)
         # reads[k, m, i]: whether layer i reads, with tap k, the layer at offset m.
         reads = found[:, None] - np.arange(layers) == np.asarray(offsets)[:, None]
-        rows = numeric.einsum("k,kmi->mi", numeric.asarray(values), reads.astype(float))
+        rows = (numeric.asarray(values)[:, None, None] * reads).sum(0)
         if boundary == "renormalize":
             rows = rows / rows.sum(0)
         return Stencil(offsets, _rows(rows))
@@ -342,7 +342,7 @@ def diffusion(time: optax.ScalarOrSchedule) -> Operator:
         waves = np.cos(frequency * (np.arange(layers)[:, None] + 0.5))
         waves = waves / np.linalg.norm(waves, axis=0)
         gains = _module(t).exp(-2 * t * (1 - np.cos(frequency)))
-        return stencil_of((waves * gains) @ waves.T)
+        return stencil_of(_product(waves * gains, waves.T))
 
     return operator
 
@@ -371,7 +371,7 @@ def compose(one: Operator, two: Operator) -> Operator:
         stencils = [each(layers, count) for each in (one, two)]
         left, right = map(matrix_of, stencils)
         radius = sum(max(map(abs, stencil.offsets), default=0) for stencil in stencils)
-        return stencil_of(left @ right, radius)
+        return stencil_of(_product(left, right), radius)
 
     return operator
 
@@ -413,8 +413,9 @@ def shuffled(operator: Operator, seed: int) -> Operator:
     .. math::
         S' = P^\top S P
 
-    with P a permutation that the seed and the number of layers tell. Every layer's
-    weights are those of some layer under S, but its neighbours are not beside it.
+    with P a permutation that the seed and the number of layers determine. Every layer has the
+    weights of some layer under S. No two layers that are beside each other are so in the random
+    order, from 4 layers on; with fewer there is no such order, and this is no control.
 
     Args:
       operator: S.
@@ -427,17 +428,22 @@ def shuffled(operator: Operator, seed: int) -> Operator:
       ValueError: if the operator is none, or the seed no whole number.
 
     Example:
-      >>> operator_matrix(shuffled(window(0.5), seed=1), 3)
-      array([[0.75, 0.  , 0.25],
-             [0.  , 0.75, 0.25],
-             [0.25, 0.25, 0.5 ]])
+      >>> operator_matrix(shuffled(window(0.5), seed=1), 4)
+      array([[0.5 , 0.  , 0.25, 0.25],
+             [0.  , 0.75, 0.  , 0.25],
+             [0.25, 0.  , 0.75, 0.  ],
+             [0.25, 0.25, 0.  , 0.5 ]])
     """
     check_operator(operator)
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed is {seed!r}, but has to be a whole number.")
 
     def of_order(layers: int, count: jax.typing.ArrayLike) -> Stencil:
-        order = np.random.default_rng((seed, layers)).permutation(layers)
+        rng = np.random.default_rng((seed, layers))
+        place = rng.permutation(layers)
+        while layers > 3 and (np.abs(np.diff(place)) == 1).any():
+            place = rng.permutation(layers)
+        order = np.argsort(place)
         return stencil_of(matrix_of(operator(layers, count))[np.ix_(order, order)])
 
     return of_order
@@ -536,6 +542,13 @@ def _module(*values: object) -> types.ModuleType:
 def _rows(rows: Sequence[Array]) -> Array | list[Array]:
     """The rows of a stencil: one array if they are known."""
     return list(rows) if _module(*rows) is jnp else np.stack(rows)
+
+
+def _product(left: Array, right: Array) -> Array:
+    """The matrix product, in full precision on devices whose default is less."""
+    if _module(left, right) is np:
+        return left @ right
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def check_operator(operator: object) -> None:

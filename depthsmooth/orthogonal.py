@@ -97,13 +97,13 @@ def muon_over_depth(
     def for_tree(tree: optax.Params) -> optax.GradientTransformationExtraArgs:
         """The optimizer of one tree, whose paths and shapes tell everything."""
         found = find_depth(tree, metadata=False) if depth is None else depth.resolve(tree)
-        if of_muon.get("adaptive"):
-            _check_alone(found)
         numbers = dimension_numbers
         if callable(numbers):
             numbers = numbers(tree)
         elif numbers is None:
             numbers = muon_dimension_numbers(found, tree)
+        if of_muon.get("adaptive"):
+            _check_alone(found, tree, _of_leaves(numbers, tree))
         # A learning rate of -1 leaves the steps as they are: positive.
         orthogonal = optax.contrib.muon(-1.0, muon_weight_dimension_numbers=numbers, **of_muon)
         rescaled = optax.identity() if rescale is None else rescale(_of_leaves(numbers, tree))
@@ -149,7 +149,7 @@ def scale_by_neuron(
     """What NorMuon does to orthogonal steps; the rest stays as it is."""
 
     def mean_over_inputs(leaf: jax.Array, one: optax.contrib.MuonDimensionNumbers) -> jax.Array:
-        return jnp.square(widened(leaf)).mean(_axes(one.reduction_axis), keepdims=True)
+        return jnp.square(jnp.abs(widened(leaf))).mean(_axes(one.reduction_axis), keepdims=True)
 
     def init_fn(params: optax.Params) -> optax.Params:
         return jax.tree.map(
@@ -173,7 +173,7 @@ def scale_by_neuron(
             return step
         axes = _axes(one.reduction_axis) + _axes(one.output_axis)
         even = widened(step) / (jnp.sqrt(moment) + 1e-8)
-        rms = jnp.sqrt(jnp.square(even).mean(axes, keepdims=True))
+        rms = jnp.sqrt(jnp.square(jnp.abs(even)).mean(axes, keepdims=True))
         return narrowed(even * ratio(0.2, rms), step)
 
     def update_fn(
@@ -190,11 +190,18 @@ def _axes(axes: int | Sequence[int]) -> tuple[int, ...]:
     return (axes,) if isinstance(axes, int) else tuple(axes)
 
 
-def _check_alone(depth: Depth) -> None:
-    """Raises if layers are stacked, which one dual norm would be taken of."""
-    for leaf in depth.leaves:
-        if leaf.place is not None and leaf.place.axes:
+def _check_alone(depth: Depth, tree: optax.Params, numbers: optax.Params) -> None:
+    """Raises if a stack is made orthogonal, which one dual norm would be taken of."""
+    places = depth.map(lambda path, leaf, place: (path, leaf, place), tree)
+
+    def check(
+        one: optax.contrib.MuonDimensionNumbers | None, at: tuple[str, jax.Array, Place | None]
+    ) -> None:
+        path, leaf, place = at
+        if one is not None and place is not None and place.axes:
             raise ValueError(
-                f"{leaf} holds {len(leaf.place.layers)} layers, but adaptive=True scales each leaf "
-                "by one number: leave it out, or give each layer leaves of its own."
+                f"{path} {leaf.shape} holds {len(place.layers)} layers, but adaptive=True scales "
+                "each leaf by one number: leave it out, or give each layer leaves of its own."
             )
+
+    jax.tree.map(check, numbers, places, is_leaf=_is_one)

@@ -262,10 +262,6 @@ def _over_depth(
             "that are masked."
         )
 
-    def depth_of(tree: optax.Params) -> Depth:
-        found = find_depth(tree, metadata=False) if depth is None else depth.resolve(tree)
-        return found if where is None else found.select(where, tree)
-
     def stencils_of(tree: optax.Params, count: jax.Array) -> dict[Track, stencil.Stencil]:
         found = find_depth(tree, metadata=False) if depth is None else depth.resolve(tree)
         at = cuts_.of_groups(cuts, found, depth or found)

@@ -303,6 +303,8 @@ def test_dimension_numbers_of_ones_own(as_function):
 def test_adaptive_muon_is_refused_on_a_stack():
     with pytest.raises(ValueError, match=r"layers/\w+ \(5, .* holds 5 layers, but adaptive=True"):
         ds.muon(0.1, adaptive=True, depth=DEPTH).init(tree(0))
+    vectors = {"layers": {"scale": jnp.ones((4, 3))}}
+    ds.muon(0.1, adaptive=True, depth=DEPTH).init(vectors)
     unrolled = per_layer(tree(0))
     depth = ds.Depth.from_rules({r"block_\d/.*": ds.numbered()})
     ours = ds.muon(0.1, adaptive=True, ns_steps=1, alpha=0.0, depth=depth)

@@ -204,3 +204,20 @@ def test_a_traced_operator_mixes_as_its_matrix_says(jit):
 def test_refuses_what_is_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["diffusion", "composed", "kernel"])
+def test_traced_matrices_are_made_in_full_precision(name):
+    """Whatever the default of a device is."""
+    text = (
+        jax.jit(lambda number: ds.operator_matrix(NUMBERS[name](number), 12)).lower(0.3).as_text()
+    )
+    assert "DEFAULT" not in text
+
+
+@pytest.mark.parametrize("layers", [4, 5, 12])
+def test_shuffled_layers_have_no_true_neighbours(layers):
+    for seed in range(20):
+        matrix = ds.operator_matrix(ds.shuffled(ds.window(0.4), seed), layers)
+        assert not np.diag(matrix, 1).any()
+        assert not np.diag(matrix, -1).any()
