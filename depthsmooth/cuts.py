@@ -29,17 +29,26 @@ def check(cuts: Cuts) -> None:
                 )
 
 
-def of_groups(cuts: Cuts, depth: Depth, within: Depth) -> dict[str, Sequence[int]]:
+def of_groups(
+    cuts: Cuts, depth: Depth, within: Depth, masked: Sequence[str]
+) -> dict[str, Sequence[int]]:
     """The cuts of each group.
 
     Args:
       cuts: as a user gives them.
       depth: of the leaves that are there.
-      within: of all the leaves, also those that are masked.
+      within: as it was given: of all the leaves, also those that are masked.
+      masked: the paths of these.
 
     Raises:
-      ValueError: if there is no such group, or it does not have that many layers.
+      ValueError: if there is no such group, or it does not have that many layers, or rules
+        cannot tell how many there are.
     """
+    if cuts and within.rules and masked:
+        raise ValueError(
+            f"cuts are {cuts!r}, but {masked[0]} is masked, and rules cannot tell how many layers "
+            "it has: give the depth of the whole tree, by depth=rules.resolve(params)."
+        )
     sizes = {**depth.groups, **within.groups}
     names = depth.group_names | within.group_names
     of_group = dict(cuts) if isinstance(cuts, Mapping) else dict.fromkeys(depth.groups, cuts)

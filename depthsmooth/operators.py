@@ -6,6 +6,7 @@ which a component of frequency ω over depth is multiplied, away from the ends o
 
 from __future__ import annotations
 
+import inspect
 import math
 import types
 from collections.abc import Callable, Sequence
@@ -553,10 +554,13 @@ def _product(left: Array, right: Array) -> Array:
 
 def check_operator(operator: object) -> None:
     """Raises unless it could be an operator."""
-    if not callable(operator):
+    try:
+        inspect.signature(operator).bind(2, 0)  # type: ignore[arg-type] # which is what is asked
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{operator!r} is no operator: what window(alpha), ema(rho) and the like give."
-        )
+            f"{operator!r} is no operator: those are what functions like window(0.1) and ema(0.5) "
+            "give, or are called as operator(layers, count). compose(one, two) makes one of two."
+        ) from error
 
 
 def _radius(radius: object) -> int:

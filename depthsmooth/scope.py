@@ -8,9 +8,13 @@ from depthsmooth.places import shape_of
 
 _NORM = re.compile(r"norm|(^|_)(ln|bn|gn|rms)(_|$)")
 _NOT_LINEAR = re.compile(_NORM.pattern + r"|(^|_)embed(ding)?s?$")
+_IS_NORM = re.compile(r"(norm|(^|_)(ln|bn|gn|rms))$")
 _MATRIX = re.compile(r"(^|_)(w|weights?|linear|einsum|router|proj|lora)(_|$)|^w([a-z]{1,3}|_.*)$")
-_BIAS = re.compile(r"^b(ias)?$|^b_?[a-z]{1,2}$|^b_(in|out|gate|up|down|proj)$|_bias$|^bias_")
-_OTHER = re.compile(r"embed|(^|_)(pos|dt|rel\w*)_|scale|scalar|gamma|beta|offset")
+_BIAS = re.compile(r"^b(ias)?$|_b$|^b_?[a-z]{1,2}$|^b_(in|out|gate|up|down|proj)$|_bias$|^bias_")
+_OTHER = re.compile(
+    r"embed|(^|_)(pos|position|dt|rel\w*|time|a_log|correction)(_|$)|scalar|gamma|beta|offset"
+    r"|(^|_)(scale|token|latent|probe|prompt)s?(_|$)"
+)
 
 
 def projections(path: str, leaf: jax.Array) -> bool:
@@ -18,8 +22,8 @@ def projections(path: str, leaf: jax.Array) -> bool:
 
     Tells by the names that Flax, nnx, Equinox and Haiku use, and by those usual in JAX written
     by hand: ``kernel``, ``weight``, ``w``, ``wq``, ``w_in``, ``bias``, ``b``, but not in a
-    ``norm`` or ``ln``. A leaf of another name is a projection if it has three axes or more, as no
-    vector has that is stacked once.
+    ``norm`` or ``ln``. A leaf of another name is a projection if it has three axes or more that
+    are longer than 1, as no vector has that is stacked once.
 
     Args:
       path: the leaf's keys joined by ``/``.
@@ -41,10 +45,13 @@ def projections(path: str, leaf: jax.Array) -> bool:
     named = [name for name in names if name]
     name, module = (["", *named])[-1], (["", "", *named])[-2]
     if name == "kernel":
-        return True
+        return not _IS_NORM.search(module)
     if _OTHER.search(name) or _NORM.search(name) or _NOT_LINEAR.search(module):
         return False
-    return bool(_MATRIX.search(name) or _BIAS.search(name)) or len(shape_of(leaf)) >= 3
+    return (
+        bool(_MATRIX.search(name) or _BIAS.search(name))
+        or sum(size > 1 for size in shape_of(leaf)) >= 3
+    )
 
 
 def _plain(key: str) -> str:

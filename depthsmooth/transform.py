@@ -17,7 +17,7 @@ from depthsmooth.cuts import Cuts
 from depthsmooth.finding import find_depth
 from depthsmooth.layout import Depth, Track, Where
 from depthsmooth.operators import Operator, check_operator, window
-from depthsmooth.places import is_masked, nodes_of
+from depthsmooth.places import is_masked, leaves_of, nodes_of
 
 Variant = Literal["standard", "norm_preserving", "directional"]
 NormOver = Literal["tensor", "block"]
@@ -264,7 +264,7 @@ def _over_depth(
 
     def stencils_of(tree: optax.Params, count: jax.Array) -> dict[Track, stencil.Stencil]:
         found = find_depth(tree, metadata=False) if depth is None else depth.resolve(tree)
-        at = cuts_.of_groups(cuts, found, depth or found)
+        at = cuts_.of_groups(cuts, found, depth or found, leaves_of(tree)[1])
         selected = found if where is None else found.select(where, tree)
         return _stencils(operator, count, selected, at)
 
@@ -303,10 +303,22 @@ def _stencils(
     for track in depth.tracks:
         runs = track.runs_between(cuts.get(track.group, ()))
         if runs not in made:
-            alone = stencil.identity(1)
-            made[runs] = stencil.join([operator(n, count) if n > 1 else alone for n in runs])
+            made[runs] = stencil.join([_stencil(operator, count, n) for n in runs])
         stencils[track] = made[runs]
     return stencils
+
+
+def _stencil(operator: Operator, count: jax.Array, layers: int) -> stencil.Stencil:
+    """The operator for one run of layers: a single layer is left as it is."""
+    if layers == 1:
+        return stencil.identity(1)
+    made = operator(layers, count)
+    if not isinstance(made, stencil.Stencil) or made.layers != layers:
+        raise ValueError(
+            f"{operator!r} is no operator: for {layers} layers it gives a {type(made).__name__}, "
+            "but has to give a Stencil of as many layers, as window(0.1) and from_matrix(matrix) do."
+        )
+    return made
 
 
 def _bundles(

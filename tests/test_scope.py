@@ -121,6 +121,14 @@ def test_haiku():
         ("layers/ln_b", False),
         ("layers/ln1/b", False),
         ("layers/gn/bias", False),
+        ("layers/3/input_layernorm/kernel", False),
+        ("layers/3/self_attn/q_norm/kernel", False),
+        ("layers/time_faaaa", False),
+        ("layers/position_bias", False),
+        ("layers/e_score_correction_bias", False),
+        ("layers/cls_token", False),
+        ("layers/attention/output_b", True),
+        ("layers/mlp/downscale_weight", True),
         ("layers/value_embed/weight", False),
         ("layers/embed_proj/weight", True),
         ("layers/attn_norm/weight", False),
@@ -147,6 +155,8 @@ def test_names(path, expected, shape):
 def test_names_that_say_nothing_go_by_the_number_of_axes():
     assert ds.projections("layers/gating", jax.ShapeDtypeStruct((12, 8, 8), "float32"))
     assert not ds.projections("layers/gating", jax.ShapeDtypeStruct((12, 8), "float32"))
+    assert not ds.projections("layers/temperature", jax.ShapeDtypeStruct((12, 8, 1), "float32"))
+    assert not ds.projections("layers/A_log", jax.ShapeDtypeStruct((12, 8, 16), "float32"))
 
 
 def test_trees_of_other_projects():

@@ -252,6 +252,17 @@ def test_refuses_cuts_that_are_not_there(cuts, message):
         ds.smooth_over_depth(0.2, depth=DEPTH, cuts=cuts).init(layers())
 
 
+def test_cuts_by_rules_are_refused_where_layers_are_masked():
+    """A sequence does not know how many layers a masked container has."""
+    tree = {"a": jnp.arange(3.0), "b": jnp.arange(4.0, 7.0)}
+    masked = tree | {"a": optax.MaskedNode()}
+    rules = ds.Depth.from_rules({".*": ds.sequence(("a", 0), ("b", 0))})
+    with pytest.raises(ValueError, match=r"a is masked.*rules\.resolve\(params\)"):
+        ds.smooth_over_depth(0.5, depth=rules, cuts=(4,)).init(masked)
+    tx = ds.smooth_over_depth(0.5, depth=rules.resolve(tree), cuts=(4,))
+    assert updated(tx, masked)["b"].tolist() == [4.0, 5.25, 5.75]
+
+
 def test_cuts_need_a_depth():
     """What is found in a tree of which a layer is masked counts from the next one."""
     with pytest.raises(ValueError, match=r"cuts are \(3,\), which count .* give it, by depth="):
@@ -319,8 +330,12 @@ def test_an_operator_that_does_not_fit_is_refused_on_init():
     tx = ds.augment_over_depth(ds.from_matrix(np.eye(3)), depth=DEPTH)
     with pytest.raises(ValueError, match=r"shape \(3, 3\), but there are 5 layers"):
         tx.init(layers())
-    with pytest.raises(ValueError, match="is no operator"):
-        ds.augment_over_depth(0.1, depth=DEPTH)
+    for none in (0.1, [ds.window(0.1)], ds.window, optax.constant_schedule(0.1)):
+        with pytest.raises(ValueError, match=r"is no operator: .* window\(0\.1\)"):
+            ds.augment_over_depth(none, depth=DEPTH)
+    for none in (lambda layers, count: np.eye(layers), lambda layers, count: ds.ema(0.5)(4, 0)):
+        with pytest.raises(ValueError, match=r"is no operator: for 5 layers it gives a"):
+            ds.augment_over_depth(none, depth=DEPTH).init(layers())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
