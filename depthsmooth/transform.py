@@ -316,7 +316,7 @@ def _stencil(operator: Operator, count: jax.Array, layers: int) -> stencil.Stenc
     if not isinstance(made, stencil.Stencil) or made.layers != layers:
         raise ValueError(
             f"{operator!r} is no operator: for {layers} layers it gives a {type(made).__name__}, "
-            "but has to give a Stencil of as many layers, as window(0.1) and from_matrix(matrix) do."
+            "but has to give a Stencil of as many, as window(0.1) and from_matrix(matrix) do."
         )
     return made
 
