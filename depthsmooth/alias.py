@@ -346,7 +346,9 @@ def normuon(
         u = 0.2 \sqrt{m n}\, \frac{\hat O}{\|\hat O\|}, \quad \hat O = O / (\sqrt v + \epsilon)
 
     with O the orthogonalised momentum of one matrix of m × n: v has one number for every neuron,
-    that is for every output, and steps have the root mean square 0.2.
+    that is for every output, and steps have the root mean square 0.2. Kernels are taken to be
+    (inputs, outputs), as in Flax and Haiku: for Equinox's, which are (outputs, inputs), give
+    ``muon_weight_dimension_numbers``, as :func:`depthsmooth.muon_dimension_numbers` shows.
 
     Args:
       learning_rate: as in :func:`muon`, like all that follow but for ``b2``.

@@ -358,7 +358,9 @@ class Depth(Mapping[str, Place]):
         )
 
     def decay_mask(self, params: optax.Params) -> optax.Params:
-        """Which leaves to decay: those of two or more axes in one layer, so no bias and no scale.
+        """Which leaves to decay: those of two or more axes in one layer.
+
+        So no stacked scale, and no bias but those of attention that have an axis for heads.
 
         ``optax.add_decayed_weights(0.1, mask=depth.decay_mask)``.
 

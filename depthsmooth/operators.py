@@ -146,7 +146,7 @@ def exponential(
         "left": list(range(-_radius(radius), 0)),
         "right": list(range(1, _radius(radius) + 1)),
     }
-    if direction not in distances:
+    if direction not in list(distances):
         raise ValueError(f"direction is {direction!r}, but has to be 'both', 'left' or 'right'.")
     gamma = _Number("self_weight", self_weight, 0, 1)
     decay = _Number("rate", rate, 0)
@@ -156,7 +156,8 @@ def exponential(
         numeric = _module(own, a)
         near = [d for d in distances[direction] if abs(d) < layers]
         there = exists(tuple(near), layers)
-        shares = numeric.exp(-a * np.abs(near)[:, None]) * there
+        # The nearest neighbour that exists is beside the layer: its share is 1 at any rate.
+        shares = numeric.exp(-a * (np.abs(near) - 1.0)[:, None]) * there
         total = shares.sum(0)
         rows = (1 - own) * shares / numeric.where(total > 0, total, 1)
         weights = dict(zip(near, rows, strict=True)) | {0: numeric.full(layers, own)}
@@ -217,7 +218,8 @@ def from_kernel(
     .. math::
         \tilde u_\ell = \sum_{d=-r}^{r} \mathrm{taps}[d + r]\; u_{\ell + d}
 
-    The gain is :math:`|\sum_d \mathrm{taps}[d + r]\, e^{i \omega d}|`.
+    The gain is :math:`|\sum_d \mathrm{taps}[d + r]\, e^{i \omega d}|`, divided by the sum of the
+    taps for ``"renormalize"``.
 
     Args:
       taps: 2r + 1 weights, from the earliest neighbour to the latest.
@@ -230,8 +232,8 @@ def from_kernel(
       The operator.
 
     Raises:
-      ValueError: if there is an even number of taps, one is no scalar, or the
-        boundary is none of these.
+      ValueError: if there is an even number of taps, one is no scalar, the boundary is none of
+        these, or the taps that a layer has are known to have the sum 0, for ``"renormalize"``.
 
     Example:
       >>> alpha = 0.5
@@ -268,7 +270,13 @@ def from_kernel(
         reads = found[:, None] - np.arange(layers) == np.asarray(offsets)[:, None]
         rows = (numeric.asarray(values)[:, None, None] * reads).sum(0)
         if boundary == "renormalize":
-            rows = rows / rows.sum(0)
+            sums = rows.sum(0)
+            if isinstance(sums, np.ndarray) and not sums.all():
+                raise ValueError(
+                    f"The taps of layer {np.argmin(np.abs(sums))} of {layers} have the sum 0, by "
+                    "which boundary='renormalize' divides. Use 'reflect' or 'zero'."
+                )
+            rows = rows / sums
         return Stencil(offsets, _rows(rows))
 
     return operator
@@ -510,6 +518,11 @@ class _Number:
         self._low, self._high, self._below = low, high, below
         if not callable(value):
             self._checked(value)
+        elif not _takes(value, 0):
+            raise ValueError(
+                f"{name} is {value!r}, which is no schedule: those are called with the step alone. "
+                "An operator goes to augment_over_depth(operator, ...)."
+            )
 
     def __call__(self, count: jax.typing.ArrayLike) -> float | jax.Array:
         return self._checked(self._value(count) if callable(self._value) else self._value)
@@ -519,6 +532,8 @@ class _Number:
 
         A traced number may come as narrow as the parameters are: too narrow for 1 - alpha.
         """
+        if isinstance(value, np.ndarray) and value.ndim == 0:
+            value = value.item()
         if isinstance(value, int | float | np.floating | np.integer):
             if self._low <= value < self._high or (value == self._high and not self._below):
                 return float(value)
@@ -527,7 +542,7 @@ class _Number:
             raise ValueError(
                 f"{self._name} is {value}, but has to be in {self._low:g} <= {self._name}{high}."
             )
-        if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
+        if isinstance(value, jax.Array) and value.ndim == 0 and not jnp.iscomplexobj(value):
             return jnp.asarray(value, float)
         raise ValueError(
             f"{self._name} is {value!r}, but it has to be a number, a schedule that gives one, or "
@@ -554,13 +569,26 @@ def _product(left: Array, right: Array) -> Array:
 
 def check_operator(operator: object) -> None:
     """Raises unless it could be an operator."""
-    try:
-        inspect.signature(operator).bind(2, 0)  # type: ignore[arg-type] # which is what is asked
-    except (TypeError, ValueError) as error:
+    if not _takes(operator, 2, 0):
         raise ValueError(
             f"{operator!r} is no operator: those are what functions like window(0.1) and ema(0.5) "
             "give, or are called as operator(layers, count). compose(one, two) makes one of two."
-        ) from error
+        )
+
+
+def _takes(function: object, *arguments: object) -> bool:
+    """Whether it is a function of as many arguments, as far as can be told."""
+    if not callable(function):
+        return False
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions that are not written in Python have none
+        return True
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def _radius(radius: object) -> int:
@@ -570,6 +598,8 @@ def _radius(radius: object) -> int:
 
 
 def _square(matrix: jax.typing.ArrayLike) -> Array:
+    if np.iscomplexobj(matrix):
+        raise ValueError("The matrix is complex, but weights over depth have to be real.")
     square = matrix if isinstance(matrix, jax.Array) else np.asarray(matrix, float)
     if square.ndim != 2 or square.shape[0] != square.shape[1]:
         raise ValueError(

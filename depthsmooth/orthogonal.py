@@ -55,8 +55,21 @@ def muon_dimension_numbers(depth: Depth, params: optax.Params) -> optax.Params:
     Example:
       >>> import jax.numpy as jnp
       >>> params = {"kernel": jnp.ones((2, 3, 4)), "scale": jnp.ones((2, 3))}
-      >>> muon_dimension_numbers(Depth.from_rules({".*": 0}), params)
+      >>> depth = Depth.from_rules({".*": 0})
+      >>> muon_dimension_numbers(depth, params)
       {'kernel': MuonDimensionNumbers(reduction_axis=1, output_axis=2), 'scale': None}
+
+      Kernels are taken to be (inputs, outputs). Of other ones, like those of Equinox, or with an
+      axis for heads, the function that is given to ``muon`` says what their axes are:
+
+      >>> def numbers(params):
+      ...     def of_leaf(path, leaf, place):
+      ...         is_kernel = path == "kernel"
+      ...         return optax.contrib.MuonDimensionNumbers(2, 1) if is_kernel else None
+      ...
+      ...     return depth.map(of_leaf, params)
+      >>> numbers(params)
+      {'kernel': MuonDimensionNumbers(reduction_axis=2, output_axis=1), 'scale': None}
     """
 
     def numbers(

@@ -179,7 +179,7 @@ def apply(
 
     A stencil of more than 16 offsets is applied as a matrix instead, to all the layers
     brought together: faster from there on (``benchmarks/large_radius.py``), at the cost
-    of a copy, and of a NaN in one layer reaching every other.
+    of a copy, and of a NaN in one layer reaching every other of its run.
 
     Args:
       stencil: the operator, for all the layers.
@@ -206,7 +206,10 @@ def apply(
         return list(updates)
     held = tuple(map(tuple, layers))
     if len(stencil.offsets) > _MOST_SHIFTS:
-        product: list[jax.Array] = _multiply(list(updates), matrix_of(stencil), tuple(axes), held)
+        runs = stencil.runs or (stencil.layers,)
+        product: list[jax.Array] = _multiply(
+            list(updates), matrix_of(stencil), tuple(axes), held, runs
+        )
         return product
     neighbours = tuple(map(tuple, map(stencil.neighbours, stencil.offsets)))
     mixed: list[jax.Array] = _shift_and_add(
@@ -243,23 +246,38 @@ def _shift_and_add(
     return results
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _multiply(
     updates: Sequence[jax.Array],
     matrix: jax.Array,
     axes: Sequence[Axes],
     layers: Sequence[Sequence[int]],
+    runs: Sequence[int],
 ) -> list[jax.Array]:
     wide = [Layers(widened(array), a) for array, a in zip(updates, axes, strict=True)]
     order = [layer for ours in layers for layer in ours]
     together = jnp.concatenate([array.merged() for array in wide])
-    permuted = matrix[np.ix_(order, order)].astype(together.dtype)
-    mixed = jnp.tensordot(permuted, together, 1, precision=jax.lax.Precision.HIGHEST)
+    in_order = _taken(together, np.argsort(order))
+    products = [
+        jnp.tensordot(
+            matrix[start:end, start:end].astype(together.dtype),
+            in_order[start:end],
+            1,
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        for start, end in itertools.pairwise([0, *itertools.accumulate(runs)])
+    ]
+    mixed = _taken(jnp.concatenate(products), np.array(order))
     pieces = jnp.split(mixed, np.cumsum([len(ours) for ours in layers])[:-1])
     return [
         narrowed(array.unmerge(piece), update)
         for array, piece, update in zip(wide, pieces, updates, strict=True)
     ]
+
+
+def _taken(layers: jax.Array, order: np.ndarray) -> jax.Array:
+    """The layers in another order."""
+    return layers if (order == np.arange(len(order))).all() else layers[order]
 
 
 @dataclasses.dataclass(frozen=True)

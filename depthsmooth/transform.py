@@ -71,7 +71,8 @@ def smooth_over_depth(
         ``where(path, leaf)``; :func:`depthsmooth.projections` is the paper's Proj.
       variant: what becomes of the norms, as in :func:`augment_over_depth`.
       norm_over: what has a norm: each ``"tensor"`` of a layer, or the ``"block"``.
-      cuts: layers, counted from 0, before which nothing is mixed with what is behind.
+      cuts: positions across which nothing is mixed: ``(4,)`` parts layers 0 to 3 from
+        those from 4 on.
 
     Returns:
       A transformation with the state :class:`SmoothOverDepthState`. Updates keep
@@ -133,13 +134,13 @@ def augment_over_depth(
         gives True or False from the path, the shape and the dtype. What is left out
         passes through untouched.
       variant: ``"standard"``, ``"norm_preserving"`` or ``"directional"``. The last two
-        read the update twice.
+        take norms, and so read the update once more.
       norm_over: ``"tensor"``: each tensor of a layer has a norm, as in the authors' code;
         ``"block"``: all selected tensors of a layer together have one, as in the paper.
-        Norms are in float32, or float64 for such updates; elements below 1e-19 count as 0
-        in the former.
+        Norms are in float32, or float64 for such updates. In the former, updates of less
+        than about 1e-17 are lost, and norms of more than 1e19 are not finite.
       cuts: positions across which nothing is mixed, as where dense layers end and sparse
-        ones begin: 4 parts layers 0 to 3 from those from 4 on. For every group, or a
+        ones begin: ``(4,)`` parts layers 0 to 3 from those from 4 on. For every group, or a
         mapping from the name of a group to its cuts. They need a ``depth``.
 
     Returns:
@@ -166,7 +167,7 @@ def augment_over_depth(
       Meng, Sugolov, Papyan, `Gradient Smoothing
       <https://arxiv.org/abs/2606.30813>`_, 2026 (section 3.4, variants).
     """
-    if variant not in _VARIANTS:
+    if variant not in list(_VARIANTS):
         raise ValueError(f"variant is {variant!r}, but has to be one of {', '.join(_VARIANTS)}.")
     return _over_depth(_VARIANTS[variant], operator, depth, where, norm_over, cuts)
 

@@ -17,8 +17,7 @@ import depthsmooth as ds
 
 LAYERS, GRADIENT_AT, WEIGHT_AT = 12, 3, 8
 ALPHA, DECAY = 0.5, 0.5
-SMOOTH, BASE, OUTSIDE = "#D55E00", "#56B4E9", "#999999"
-STEP, DECAYED = "#0072B2", "#E69F00"
+SMOOTH, STEP, DECAYED = "#333333", "#0072B2", "#E69F00"
 
 SMOOTHING = ds.smooth_over_depth(ALPHA, depth=ds.Depth.from_rules({"layers": 0}))
 BOXES = {
@@ -69,14 +68,14 @@ def updates(chain: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 def draw_chain(ax: Axes, title: str, chain: tuple[str, ...]) -> None:
     """The chain as boxes, from the gradient on."""
-    colours = {"smooth": SMOOTH, "Adam": BASE, "clip": BASE}
+    colours = {"smooth": SMOOTH, "Adam": STEP, "decay": DECAYED}
     ax.set(xlim=(-0.1, 6.3), ylim=(-0.75, 0.95))
     ax.axis("off")
     ax.text(0, 0.9, title, fontsize=11, fontweight="bold", va="top")
     ax.text(0.35, 0, "gradient", ha="center", va="center", fontsize=9)
     for k, name in enumerate(chain, 1):
         ax.annotate(
-            "", xy=(k + 0.02, 0), xytext=(k - 0.27, 0), arrowprops={"arrowstyle": "-|>", "lw": 1.2}
+            "", xy=(k + 0.02, 0), xytext=(k - 0.2, 0), arrowprops={"arrowstyle": "-|>", "lw": 1.2}
         )
         ax.text(
             k + 0.4,
@@ -85,7 +84,7 @@ def draw_chain(ax: Axes, title: str, chain: tuple[str, ...]) -> None:
             ha="center",
             va="center",
             fontsize=9,
-            color="white" if name == "smooth" else "black",
+            color="white" if name in ("smooth", "Adam") else "black",
             bbox={
                 "boxstyle": "round,pad=0.45",
                 "facecolor": colours.get(name, "#DDDDDD"),
@@ -104,8 +103,10 @@ def draw_updates(ax: Axes, parts: Mapping[str, np.ndarray]) -> None:
         for layer, value in enumerate(part):
             if abs(value) > 1e-6:
                 place = (layer, value - 0.06)
-                ax.text(*place, f"{value:.3g}", ha="center", va="top", fontsize=7.5)
-    ax.set(ylim=(-1.35, 0.12), xticks=layers, yticks=(-1, 0))
+                ax.text(
+                    *place, f"{value:.3g}".replace("-", "−"), ha="center", va="top", fontsize=7.5
+                )
+    ax.set(ylim=(-1.35, 0.12), xticks=layers, yticks=(-1, 0), ylabel="added")
     ax.tick_params(labelsize=8)
     for side in ("top", "right", "bottom"):
         ax.spines[side].set_visible(False)

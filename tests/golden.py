@@ -92,7 +92,9 @@ class Golden:
         described["operators"] = {
             name: about for name, about in self._manifest["operators"].items() if name in OPERATIONS
         }
-        (directory / "manifest.json").write_text(json.dumps(described | kept, indent=0))
+        text = json.dumps(described | kept)
+        text = text.replace('{"id": ', '\n{"id": ')
+        (directory / "manifest.json").write_text(text + "\n")
 
 
 def is_selected(case):

@@ -346,7 +346,6 @@ def test_normuon_is_what_its_paper_says(alpha):
         expected = -0.5 * (mixed + 0.1 * np.asarray(tree(0)["layers"]["kernel"]))
         np.testing.assert_allclose(updates["layers"]["kernel"], expected, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(updates["norm"], vectors["norm"], rtol=1e-5)
-    assert jax.tree.leaves(tx.init(jax.tree.map(jnp.zeros_like, tree(0))))
 
 
 def test_normuon_leaves_frozen_layers_alone_and_takes_what_muon_takes():

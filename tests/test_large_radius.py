@@ -82,16 +82,20 @@ def test_runs_are_kept_apart():
         np.testing.assert_allclose(mixed[part], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_nan_stays_between_cuts():
+    updates = {"layers": jnp.ones((24, 3)).at[20].set(jnp.nan)}
+    depth = ds.Depth.from_rules({"layers": 0})
+    tx = ds.augment_over_depth(ds.diffusion(1.0), depth=depth, cuts=(12,))
+    bad = jnp.isnan(tx.update(updates, tx.init(updates))[0]["layers"]).any(1)
+    assert bad.tolist() == [False] * 12 + [True] * 12
+
+
 @pytest.mark.parametrize("traced", [False, True])
 def test_weak_types_are_kept(traced):
     stencil = random_stencil(12, 9, 0)
-    weak = jnp.full((12,), 1.0) * 1
-    weak = jax.lax.full_like(weak, 1.0) if weak.weak_type else jnp.asarray([1.0] * 12)
-    [mixed] = apply(stencil, [weak], [(0,)], [range(12)])
-    assert mixed.weak_type == weak.weak_type
     parts = [jnp.asarray(float(k)) for k in range(12)]
     assert all(part.weak_type for part in parts)
-    run = apply if not traced else jax.jit(apply, static_argnums=(0, 2, 3))
+    run = jax.jit(apply, static_argnums=(0, 2, 3)) if traced else apply
     mixed = run(stencil, parts, ((),) * 12, tuple((k,) for k in range(12)))
     assert all(part.weak_type for part in mixed)
 

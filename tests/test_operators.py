@@ -190,6 +190,12 @@ def test_a_traced_operator_mixes_as_its_matrix_says(jit):
         (lambda: ds.from_kernel([0.5, 0.5]), r"There are 2 taps, but an odd number"),
         (lambda: ds.from_kernel([1.0], "wrap"), r"boundary is 'wrap'"),
         (lambda: ds.from_kernel(["a"]), r"tap 0 is 'a'"),
+        (lambda: ds.window(ds.window(0.1)), r"alpha is .* no schedule: .* augment_over_depth"),
+        (lambda: ds.from_matrix(1j * np.eye(3)), r"The matrix is complex"),
+        (lambda: ds.window(np.array(1.5)), r"alpha is 1\.5"),
+        (lambda: ds.window(jnp.complex64(0.1)), r"alpha is .* has to be a number"),
+        (lambda: ds.exponential(0.5, direction=["left"]), r"direction is \['left'\]"),
+        (lambda: ds.from_kernel([-1, 0, 1], "renormalize")(4, 0), r"layer 1 of 4 have the sum 0"),
         (lambda: ds.from_matrix(np.ones((2, 3))), r"of shape \(2, 3\), .* square"),
         (lambda: ds.from_matrix(np.eye(3))(4, 0), r"shape \(3, 3\), .* 4 layers"),
         (lambda: ds.diffusion(-1.0), r"time is -1\.0, .* 0 <= time\."),
@@ -221,3 +227,18 @@ def test_shuffled_layers_have_no_true_neighbours(layers):
         matrix = ds.operator_matrix(ds.shuffled(ds.window(0.4), seed), layers)
         assert not np.diag(matrix, 1).any()
         assert not np.diag(matrix, -1).any()
+
+
+@pytest.mark.parametrize("rate", [200.0, 1000.0])
+def test_neighbours_share_their_weight_at_any_rate(rate):
+    for number in (rate, jnp.float32(rate)):
+        matrix = ds.operator_matrix(ds.exponential(0.5, 2, number), 4)
+        np.testing.assert_allclose(matrix.sum(1), 1, rtol=1e-6)
+
+
+def test_the_gain_of_a_renormalized_kernel():
+    layers, frequency = 64, 2 * np.pi * 5 / 64
+    matrix = ds.operator_matrix(ds.from_kernel([1, 2, 1], "renormalize"), layers)
+    wave = np.cos(frequency * np.arange(layers))
+    gain = abs(np.exp(-1j * frequency) + 2 + np.exp(1j * frequency)) / 4
+    np.testing.assert_allclose((matrix @ wave)[1:-1], gain * wave[1:-1], atol=1e-12)

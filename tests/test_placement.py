@@ -1,5 +1,6 @@
 """What docs/placement.md says of each place in a chain, and what its picture shows."""
 
+import functools
 import pathlib
 import re
 import runpy
@@ -55,20 +56,39 @@ def test_the_picture_is_drawn(placement, tmp_path, monkeypatch):
     plt.close("all")
 
 
-def test_the_two_optimizers_of_the_text_are_the_same():
-    [code] = re.findall(r"```python\n(.*?)```", (DOCS / "placement.md").read_text(), re.DOTALL)
+PYTHON = re.findall(r"```python\n(.*?)```", (DOCS / "placement.md").read_text(), re.DOTALL)
+DEEP = ds.Depth.from_rules({"layers/.*": 0})
+
+
+def first_update(tx):
     rng = np.random.default_rng(0)
     params = {"layers": {"kernel": jnp.ones((5, 4, 4)), "scale": jnp.ones((5, 4))}}
     grads = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), "float32"), params)
-    depth = ds.Depth.from_rules({"layers/.*": 0})
-    results = []
-    for statement in code.split("\n\n"):
-        names = {"ds": ds, "optax": optax, "depth": depth}
-        exec(statement, names)
-        tx = names["tx"]
-        results.append(tx.update(grads, tx.init(params), params)[0])
-    assert len(results) == 2
-    chex.assert_trees_all_close(*results, rtol=1e-6)
+    return tx.update(grads, tx.init(params), params)[0]
+
+
+def made_by(code):
+    names = {"ds": ds, "optax": optax, "functools": functools, "depth": DEEP, "α": 0.3}
+    exec(code, names)
+    return names["tx"]
+
+
+def test_the_two_optimizers_of_the_text_are_the_same():
+    one, two = PYTHON[0].split("\n\n")
+    chex.assert_trees_all_close(*(first_update(made_by(code)) for code in (one, two)), rtol=1e-6)
+
+
+def test_the_chain_for_controls_of_muon():
+    code = PYTHON[1]
+    smoothed = first_update(ds.muon(0.02, alpha=0.3, depth=DEEP))
+    control = "ds.shrink_over_depth(ds.window(α), depth=depth)"
+    same = first_update(made_by(code.replace(control, "ds.smooth_over_depth(α, depth=depth)")))
+    chex.assert_trees_all_close(smoothed, same, rtol=1e-6)
+    norms = [
+        jnp.linalg.norm(updates["layers"]["kernel"], axis=(1, 2))
+        for updates in (smoothed, first_update(made_by(code)))
+    ]
+    chex.assert_trees_all_close(*norms, rtol=1e-5)
 
 
 def test_momentum_commutes_with_smoothing_and_adam_does_not():

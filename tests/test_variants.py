@@ -318,6 +318,7 @@ def test_refuses_a_where_that_does_not_tell(where, message):
     ("keywords", "message"),
     [
         ({"variant": "norm"}, r"variant is 'norm', but has to be one of standard, norm_preserving"),
+        ({"variant": ["standard"]}, r"variant is \['standard'\]"),
         ({"norm_over": "layer"}, r"norm_over is 'layer', but has to be 'tensor' or 'block'"),
     ],
 )
@@ -421,3 +422,19 @@ def test_a_block_of_tensors_of_different_types():
         matrix = ds.operator_matrix(ds.window(0.3), 5)
         expected = reference.augmented(wide(tree), matrix, "norm_preserving", "block")
         np.testing.assert_allclose(result["layers"]["kernel"], expected["kernel"], rtol=1e-5)
+
+
+def test_the_range_of_norms_in_float32():
+    """What the docstring of augment_over_depth says of small updates and of large ones."""
+    unit = np.random.default_rng(0).normal(size=(3, 100))
+    tx = make("norm_preserving", ds.window(0.3), depth=DEPTH)
+
+    def kept(size):
+        tree = {"layers": {"kernel": jnp.asarray(size * unit, "float32")}}
+        after = np.asarray(updated(tx, tree)["layers"]["kernel"], float)
+        return np.linalg.norm(after, axis=1) / np.linalg.norm(size * unit, axis=1)
+
+    for size in (1e-16, 1e17):
+        np.testing.assert_allclose(kept(size), 1, rtol=1e-6)
+    np.testing.assert_array_equal(kept(1e-20), 0)
+    assert np.isnan(kept(1e20)).all()
