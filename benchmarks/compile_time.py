@@ -6,9 +6,6 @@ can be, written by hand for one stack: the compiler makes one kernel more of it 
 """
 
 import itertools
-import json
-import pathlib
-import platform
 import statistics
 import time
 
@@ -16,9 +13,9 @@ import jax
 import optax
 
 import depthsmooth as ds
+from benchmarks import results
 
 ROUNDS = 5
-RESULT = pathlib.Path(__file__).parent / "results" / "compile_time.json"
 STAGES = ("trace", "lower", "compile", "all")
 
 Tree = dict[str, dict[str, jax.ShapeDtypeStruct]]
@@ -103,11 +100,8 @@ def main() -> None:
         "unit": "the time of the whole unsmoothed chain: trace, lower and compile",
         "ratios": ratios,
         "rounds": ROUNDS,
-        "backend": jax.default_backend(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    results.write("compile_time", result)
     for tree, of_arms in ratios.items():
         print(f"{tree:24}" + "".join(f"{stage:>9}" for stage in STAGES))
         for name, of_stages in of_arms.items():

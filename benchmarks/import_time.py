@@ -5,13 +5,12 @@ garbage that JAX leaves is collected in between: that alone takes 40 ms, and fal
 import, whosever it is.
 """
 
-import json
 import os
-import pathlib
-import platform
 import statistics
 import subprocess
 import sys
+
+from benchmarks import results
 
 CODE = """
 import gc, time
@@ -24,7 +23,6 @@ import depthsmooth
 print(imported, time.perf_counter() - start)
 """
 REPEATS = 15
-RESULT = pathlib.Path(__file__).parent / "results" / "import_time.json"
 
 
 def main() -> None:
@@ -45,9 +43,8 @@ def main() -> None:
         "optax_ms": round(optax, 1),
         "depthsmooth_on_top_ms": round(depthsmooth, 1),
         "repeats": REPEATS,
-        "python": platform.python_version(),
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    results.write("import_time", result)
     print(f"import optax {optax:.0f} ms, depthsmooth on top {depthsmooth:.1f} ms (promised: 50)")
 
 

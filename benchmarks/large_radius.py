@@ -5,9 +5,6 @@ and more diagonals, and the least number from which the matrix stays faster. The
 from one to the other at the same number everywhere, so that a result does not depend on a device.
 """
 
-import json
-import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -17,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import results
 from depthsmooth import stencil
 
 ROUNDS = 7
 ELEMENTS = 12_000_000
-RESULT = pathlib.Path(__file__).parent / "results" / "large_radius.json"
 LAYERS = (12, 24, 96)
 RADII = (1, 2, 3, 4, 6, 8, 16, 1000)
 
@@ -127,11 +124,8 @@ def main() -> None:
         "the_library_changes_above": stencil._MOST_SHIFTS,
         "elements": ELEMENTS,
         "rounds": ROUNDS,
-        "backend": jax.default_backend(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    results.write("large_radius", result)
     for name, number in crossovers.items():
         print(f"{name}: the matrix is faster from {number or 'no number of'} diagonals on")
 

@@ -4,9 +4,6 @@
 that has leaves for every layer, forward and under ``grad``.
 """
 
-import json
-import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,9 +13,9 @@ import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
 import depthsmooth as ds
+from benchmarks import results
 
 REPEATS = 5
-RESULT = pathlib.Path(__file__).parent / "results" / "walk_time.json"
 
 Weights = Mapping[str, jax.Array]
 BATCH = jax.ShapeDtypeStruct((8, 16), "float32")
@@ -88,10 +85,8 @@ def main() -> None:
     result = {
         "seconds_beyond_tracing": seconds,
         "repeats": REPEATS,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    results.write("walk_time", result)
     for name, value in seconds.items():
         print(f"{name:30}{value:6.2f} s (promised: 2)")
 
