@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthsmooth.stencil import Axes, Layers, some_of
+from depthsmooth.mesh import AxisName, names_of, size_of, varying_axes
+from depthsmooth.stencil import Axes, Layers, some_of, widened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,19 +23,47 @@ class Tensor:
       axes: for each array its depth axes, outer to inner.
       layers: for each array the layers it holds, counted in the group, in row-major order
         of its depth axes.
+      shards: for each array into how many parts devices split its layers.
+      axis_name: in ``jax.shard_map``, the mesh axis that these are split over.
+      parts: for each array into how many parts each layer is split, in ``jax.shard_map``.
+      names: of the arrays, for messages.
     """
 
     arrays: Sequence[jax.Array]
     axes: Sequence[Axes]
     layers: Sequence[Sequence[int]]
+    shards: Sequence[int]
+    axis_name: AxisName | None = None
+    parts: Sequence[int] = ()
+    names: Sequence[str] = ()
 
-    def map(self, fn: Callable[..., jax.Array], *rest: Sequence[object]) -> Tensor:
-        """The tensor of other arrays: of a function of each, and of its like in ``rest``."""
-        return dataclasses.replace(self, arrays=list(map(fn, self.arrays, *rest)))
+    def of(self, arrays: Sequence[jax.Array]) -> Tensor:
+        """The tensor of other arrays."""
+        return dataclasses.replace(self, arrays=arrays)
+
+    def summed_over(self, k: int) -> tuple[str, ...]:
+        """The mesh axes over which what one device has of the layers of an array is to be summed.
+
+        Raises:
+          ValueError: if these are not known.
+        """
+        parts = self.parts[k] if self.parts else 1
+        if parts == 1:
+            return ()
+        varying = varying_axes(self.arrays[k])
+        axes = tuple(sorted((varying or frozenset()) - set(names_of(self.axis_name))))
+        if varying is None or size_of(axes) != parts:
+            known = "check_vma=False hides" if varying is None else f"it differs along {axes}, not"
+            raise ValueError(
+                f"The layers of {self.names[k]} are split into {parts} parts by shard_map, and "
+                f"{known} the mesh axes over which their norms are to be summed. Leave "
+                "check_vma=True, its default, and give the updates the shardings of the parameters."
+            )
+        return axes
 
 
 Block = Sequence[Tensor]
-"""All the tensors of a block that count, of float32 or wider types."""
+"""All the tensors of a block that count."""
 
 
 def layers_of(block: Block) -> int:
@@ -50,27 +79,88 @@ def inner(one: Block, other: Block) -> jax.Array:
       other: v, of the same layout.
 
     Returns:
-      Real array of shape ``(L,)``, of the widest type there is among the tensors.
+      Real array of shape ``(L,)``, of float32 or the widest type there is among the tensors.
 
     Example:
-      >>> stack = Tensor([jnp.array([[3.0, 4.0], [6.0, 8.0]])], [(0,)], [(0, 1)])
+      >>> stack = Tensor([jnp.array([[3.0, 4.0], [6.0, 8.0]])], [(0,)], [(0, 1)], [1])
       >>> inner([stack], [stack]).tolist()
       [25.0, 100.0]
     """
-    dtypes = [array.real.dtype for tensor in one for array in tensor.arrays]
+    dtypes = [widened(array).real.dtype for tensor in one for array in tensor.arrays]
     dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
-    layers = layers_of(one)
-    totals = []
+    totals: dict[tuple[str, ...], jax.Array] = {}
     for ours, theirs in zip(one, other, strict=True):
-        products = [
-            product.astype(dtype) for product in map(_inner, ours.arrays, theirs.arrays, ours.axes)
-        ]
-        held = [layer for some in ours.layers for layer in some]
-        total = jnp.concatenate(products) if len(products) > 1 else products[0]
-        if held != list(range(layers)):
-            total = jnp.zeros(layers, dtype).at[np.array(held)].set(total)
-        totals.append(total)
-    return functools.reduce(jnp.add, totals)
+        for axes, total in _totals(ours, theirs, layers_of(one), dtype).items():
+            totals[axes] = totals[axes] + total if axes in totals else total
+    sums = [jax.lax.psum(total, axes) if axes else total for axes, total in totals.items()]
+    return functools.reduce(jnp.add, sums)
+
+
+def _totals(
+    ours: Tensor, theirs: Tensor, layers: int, dtype: jax.typing.DTypeLike
+) -> dict[tuple[str, ...], jax.Array]:
+    """The inner products of one tensor, by the mesh axes over which they are still to be summed."""
+    parts: dict[tuple[str, ...], list[tuple[jax.Array, np.ndarray | jax.Array]]] = {}
+    for k, (array, like) in enumerate(zip(ours.arrays, theirs.arrays, strict=True)):
+        product = _inner(array, like, ours.axes[k]).astype(dtype)
+        axes = ours.summed_over(k)
+        held: np.ndarray | jax.Array = np.array(ours.layers[k])
+        if ours.axis_name is not None and ours.shards[k] > 1:
+            shards = jnp.asarray(held.reshape(ours.shards[k], -1))
+            held = shards[jax.lax.axis_index(ours.axis_name)]
+            axes = (*axes, *names_of(ours.axis_name))
+        parts.setdefault(axes, []).append((product, held))
+    totals = {}
+    for axes, some in parts.items():
+        products, helds = zip(*some, strict=True)
+        total = products[0] if len(products) == 1 else jnp.concatenate(products)
+        known = all(isinstance(held, np.ndarray) for held in helds)
+        together = np.concatenate(helds) if known else jnp.concatenate(helds)
+        if not known or together.tolist() != list(range(layers)):
+            total = jnp.zeros(layers, dtype).at[together].set(everywhere(total))
+        totals[axes] = total
+    return totals
+
+
+def scaled(block: Block, factors: jax.Array) -> Block:
+    """Each layer multiplied by its factor, in float32 or a wider type.
+
+    Args:
+      block: of any inexact dtype.
+      factors: of shape ``(L,)``.
+
+    Example:
+      >>> stack = Tensor([jnp.array([[3.0, 4.0], [6.0, 8.0]])], [(0,)], [(0, 1)], [1])
+      >>> scaled([stack], jnp.array([1.0, 0.5]))[0].arrays[0].tolist()
+      [[3.0, 4.0], [3.0, 4.0]]
+    """
+    return [
+        tensor.of(
+            [
+                _times(array, factors_of(factors, layers), axes, shards, tensor.axis_name)
+                for array, axes, layers, shards in zip(
+                    tensor.arrays, tensor.axes, tensor.layers, tensor.shards, strict=True
+                )
+            ]
+        )
+        for tensor in block
+    ]
+
+
+def factors_of(factors: jax.Array, layers: Sequence[int]) -> jax.Array:
+    """The factors of some layers."""
+    if list(layers) == list(range(len(factors))):
+        return factors
+    return some_of(everywhere(factors), layers)
+
+
+def everywhere(values: jax.Array) -> jax.Array:
+    """What an explicit mesh has split, on every device."""
+    spec = jax.typeof(values).sharding.spec
+    if all(axis is None for axis in spec):
+        return values
+    whole: jax.Array = jax.reshard(values, jax.P())
+    return whole
 
 
 def norms(block: Block) -> jax.Array:
@@ -80,24 +170,6 @@ def norms(block: Block) -> jax.Array:
     """
     squares = inner(block, block)
     return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
-
-
-def scaled(block: Block, factors: jax.Array) -> Block:
-    """Each layer multiplied by its factor.
-
-    Args:
-      block: of any inexact dtype.
-      factors: of shape ``(L,)``.
-
-    Example:
-      >>> stack = Tensor([jnp.array([[3.0, 4.0], [6.0, 8.0]])], [(0,)], [(0, 1)])
-      >>> scaled([stack], jnp.array([1.0, 0.5]))[0].arrays[0].tolist()
-      [[3.0, 4.0], [3.0, 4.0]]
-    """
-    return [
-        tensor.map(_times, tensor.axes, [some_of(factors, layers) for layers in tensor.layers])
-        for tensor in block
-    ]
 
 
 def ratio(one: jax.typing.ArrayLike, other: jax.Array) -> jax.Array:
@@ -111,6 +183,7 @@ def ratio(one: jax.typing.ArrayLike, other: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=2)
 def _inner(one: jax.Array, other: jax.Array, axes: Axes) -> jax.Array:
     """The inner products of the layers of two arrays, of shape ``(layers,)``."""
+    one, other = widened(one), widened(other)
     products = one.real * other.real
     if jnp.iscomplexobj(one):
         products = products + one.imag * other.imag
@@ -118,6 +191,9 @@ def _inner(one: jax.Array, other: jax.Array, axes: Axes) -> jax.Array:
     return sums.transpose([sorted(axes).index(axis) for axis in axes]).reshape(-1)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _times(array: jax.Array, axes: Axes, factors: jax.Array) -> jax.Array:
-    return array * Layers(array, axes).over_layers(factors)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _times(
+    array: jax.Array, factors: jax.Array, axes: Axes, shards: int, axis_name: AxisName | None
+) -> jax.Array:
+    wide = widened(array)
+    return wide * Layers(wide, axes, shards, axis_name).over_layers(factors)

@@ -18,6 +18,7 @@ import jax
 import optax
 
 from depthsmooth.layout import Depth, DepthNotFoundError, Leaf, check_mixable
+from depthsmooth.mesh import manual_axes, varying_axes
 from depthsmooth.places import (
     Place,
     is_mixable,
@@ -152,12 +153,30 @@ def find_depth(params: optax.Params, *, metadata: bool = True, known: Depth | No
             check_mixable(path, array, copies[path])
     alone = "it is neither numbered like a layer nor in a stack named after layers"
     found = [
-        Leaf(leaf.path, leaf.shape, search.places[leaf.path])
+        Leaf(leaf.path, leaf.shape, search.places[leaf.path].on_devices_of(array))
         if leaf.path in search.places
         else Leaf(leaf.path, leaf.shape, None, search.reasons.get(leaf.path, alone))
-        for leaf in leaves
+        for leaf, (_, array, _) in zip(leaves, arrays, strict=True)
     ]
     return Depth(tuple(found)) | said
+
+
+def depth_of(tree: optax.Params, depth: Depth | None) -> Depth:
+    """The Depth of a tree that an optimizer was given: ``depth``, or else what can be found.
+
+    Raises:
+      ValueError: in ``jax.shard_map``, if ``depth`` cannot tell parts of arrays from the whole.
+    """
+    if manual_axes() and (depth is None or depth.rules):
+        for path, leaf in leaves_of(tree)[0]:
+            axes = varying_axes(leaf)
+            if axes is None or axes:
+                raise ValueError(
+                    f"{path} {shape_of(leaf)} is what shard_map gives one device, and whether that "
+                    "is a part of the layers only the depth of the whole arrays tells: give it, by "
+                    "depth=find_depth(params), trace_depth(...) or rules.resolve(params)."
+                )
+    return find_depth(tree, metadata=False) if depth is None else depth.resolve(tree)
 
 
 class _Search:

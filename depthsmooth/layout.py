@@ -18,6 +18,7 @@ import optax
 
 from depthsmooth import rules as rules_
 from depthsmooth.blocks import Tensor
+from depthsmooth.mesh import AxisName, manual_axes, names_of, size_of
 from depthsmooth.places import (
     Place,
     Shape,
@@ -67,29 +68,81 @@ class Track:
     """One tensor through all the layers of a group: the leaves that are mixed together.
 
     Attributes:
-      paths: the leaves that hold its layers: one stack, or a leaf for each layer, or
-        several stacks that the layers are dealt to in turn.
-      places: the place of each.
+      leaves: those that hold its layers: one stack, or a leaf for each layer, or several
+        stacks that the layers are dealt to in turn. All have a place.
     """
 
-    paths: tuple[str, ...]
-    places: tuple[Place, ...]
+    leaves: tuple[Leaf, ...]
+
+    @functools.cached_property
+    def paths(self) -> tuple[str, ...]:
+        """The path of each leaf."""
+        return tuple(leaf.path for leaf in self.leaves)
+
+    @functools.cached_property
+    def places(self) -> tuple[Place, ...]:
+        """The place of each leaf."""
+        return tuple(leaf.place for leaf in self.leaves if leaf.place is not None)
 
     @property
     def group(self) -> str:
         """The depth group of the layers."""
         return self.places[0].group
 
-    def tensor(self, leaves: Mapping[str, jax.Array]) -> Tensor:
-        """The arrays that hold it, and how."""
+    def tensor(self, arrays: Mapping[str, jax.Array], axis_name: AxisName | None = None) -> Tensor:
+        """The arrays that hold it, and how.
+
+        Args:
+          arrays: by path.
+          axis_name: in ``jax.shard_map``, the mesh axis that layers are split over.
+
+        Raises:
+          ValueError: in ``jax.shard_map``, if layers are split over another axis.
+        """
+        ours = [jnp.asarray(arrays[path]) for path in self.paths]
+        inside = bool(manual_axes())
+        if inside:
+            self._check_shards(axis_name)
         return Tensor(
-            [jnp.asarray(leaves[path]) for path in self.paths],
+            ours,
             [place.axes for place in self.places],
             [place.layers for place in self.places],
+            [place.shards for place in self.places],
+            axis_name if inside else None,
+            list(map(_parts, self.leaves, ours)) if inside else (),
+            list(map(str, self.leaves)),
         )
 
+    def _check_shards(self, axis_name: AxisName | None) -> None:
+        """Raises unless the shards of its layers are found along the axis."""
+        shards = {place.shards for place in self.places}
+        if shards == {1}:
+            return
+        leaf = next(leaf for leaf in self.leaves if leaf.place and leaf.place.shards > 1)
+        [first, *_] = self.places
+        split = f"{leaf}, of which shard_map gives each device a part of the {len(first.layers)} "
+        axes = names_of(axis_name)
+        if not axes or not set(axes) <= set(manual_axes()) or shards != {size_of(axes)}:
+            raise ValueError(
+                f"{split}layers, is split into {max(shards)} parts, and axis_name is "
+                f"{axis_name!r}. Say along which mesh axis the others are, by axis_name=...: one "
+                f"of {', '.join(f'{name!r} ({size_of(name)})' for name in manual_axes())}."
+            )
+        steps = {b - a for place in self.places for a, b in itertools.pairwise(place.layers)}
+        starts = sorted(place.layers[0] for place in self.places)
+        in_turn = len({(place.axes, len(place.layers)) for place in self.places}) == 1 and (
+            starts == list(range(starts[0], starts[-1] + 1)) and steps <= {len(starts)}
+        )
+        if not in_turn and not (len(starts) == 1 and steps == {-1}):
+            raise ValueError(
+                f"{split}layers, is mixed with {self.paths[-1]} in a way that exchanges more than "
+                "neighbouring layers: only those of one stack, or dealt to stacks in turn, can be "
+                "split in shard_map. Use jax.jit with shardings for these."
+            )
+
     @functools.cached_property
-    def _present(self) -> list[int]:
+    def present(self) -> list[int]:
+        """The layers that are there."""
         return sorted(layer for place in self.places for layer in place.layers)
 
     @property
@@ -101,15 +154,15 @@ class Track:
         """The same if a run also ends before each of these layers."""
         ends = [
             k
-            for k, (a, b) in enumerate(itertools.pairwise(self._present), 1)
+            for k, (a, b) in enumerate(itertools.pairwise(self.present), 1)
             if b > a + 1 or b in cuts
         ]
-        return tuple(b - a for a, b in itertools.pairwise([0, *ends, len(self._present)]))
+        return tuple(b - a for a, b in itertools.pairwise([0, *ends, len(self.present)]))
 
     @functools.cached_property
     def layers(self) -> tuple[tuple[int, ...], ...]:
         """For each leaf the layers it holds, counted among those that are present."""
-        rank = {layer: k for k, layer in enumerate(self._present)}
+        rank = {layer: k for k, layer in enumerate(self.present)}
         return tuple(tuple(rank[layer] for layer in place.layers) for place in self.places)
 
 
@@ -175,7 +228,8 @@ class Depth(Mapping[str, Place]):
         """Finds the places of the leaves of one tree, and checks each.
 
         Args:
-          tree: parameters or updates; only paths, shapes and dtypes are read.
+          tree: parameters or updates; only paths, shapes, dtypes and shardings are read. In
+            ``jax.shard_map`` a Depth of the whole arrays meets the parts of one device.
 
         Returns:
           The Depth of that tree's leaves. A tree without leaves gives ``self``.
@@ -189,16 +243,20 @@ class Depth(Mapping[str, Place]):
         if not present:
             return self
         shapes = {path: shape_of(leaf) for path, leaf in present}
+        arrays = dict(present)
         reasons = {leaf.path: leaf.reason for leaf in self.leaves}
         if self.rules:
-            places = rules_.match(dict(self.rules), shapes, masked)
+            matched = rules_.match(dict(self.rules), shapes, masked)
+            places = {path: place.on_devices_of(arrays[path]) for path, place in matched.items()}
         else:
-            places = {path: place for path, place in self.items() if path in shapes}
+            places = {}
             hidden = set(masked)
             for leaf in self.leaves:
                 if leaf.place is not None and not hides(hidden, leaf.path):
-                    _check_shape(leaf, leaf.place, shapes)
+                    places[leaf.path] = _checked(leaf, leaf.place, arrays)
             rules_.check_tensors("the Depth", places, shapes)
+            if manual_axes():
+                shapes |= {leaf.path: leaf.shape for leaf in self.leaves if leaf.path in places}
         copies = collections.Counter(path for path, _ in present)
         for path, array in present:
             if path in places:
@@ -260,7 +318,7 @@ class Depth(Mapping[str, Place]):
         """The Depth, with its rules, if it has any, matched with leaves."""
         if not (self.rules and leaves):
             return self
-        shapes = {leaf.path: jax.ShapeDtypeStruct(leaf.shape, "float32") for leaf in leaves}  # type: ignore[no-untyped-call]
+        shapes = {leaf.path: jax.ShapeDtypeStruct(leaf.shape, "float32") for leaf in leaves}
         return self.resolve(shapes)
 
     @property
@@ -485,10 +543,8 @@ class Depth(Mapping[str, Place]):
         together: dict[tuple[str, str], list[str]] = {}
         for path, place in self._places.items():
             together.setdefault((place.group, place.tensor), []).append(path)
-        return tuple(
-            Track(tuple(paths), tuple(self._places[path] for path in paths))
-            for paths in together.values()
-        )
+        leaves = {leaf.path: leaf for leaf in self.leaves}
+        return tuple(Track(tuple(map(leaves.__getitem__, paths))) for paths in together.values())
 
     def __str__(self) -> str:
         if self.rules:
@@ -525,24 +581,40 @@ def _check_place(leaf: Leaf) -> None:
         raise ValueError(f"{leaf} can't have the layers {layers} on {_axes_name(axes)}")
 
 
-def _check_shape(leaf: Leaf, place: Place, shapes: Mapping[str, Shape]) -> None:
-    """Raises unless the tree has the leaf, with its layers where they were."""
-    if leaf.path not in shapes:
+def _checked(leaf: Leaf, place: Place, arrays: Mapping[str, jax.Array]) -> Place:
+    """The place of the leaf in a tree; raises unless its layers are there, where they were."""
+    if leaf.path not in arrays:
+        shapes = {path: shape_of(array) for path, array in arrays.items()}
         raise ValueError(
             f"{leaf} has a place in this Depth, but is not in the tree, whose leaves are "
             f"{some(named(shapes, leaf.path))}. Make the Depth from the same tree that the "
             "optimizer is given: with an inner tree by "
             "trace_depth(lambda p, x: model.apply({'params': p}, x), params['params'], x)."
         )
-    shape = shapes[leaf.path]
+    array = arrays[leaf.path]
+    shape = shape_of(array)
     layers = len(place.layers)
-    if len(shape) != len(leaf.shape) or stacked(shape, place.axes) != layers:
-        count = f"{layers} layers on {_axes_name(place.axes)}" if place.axes else "one layer"
-        raise ValueError(
-            f"{leaf.path} {shape} does not have the {count} that this Depth found by "
-            f"{place.found_by} in {leaf.shape}. Make the Depth from the same tree that the "
-            "optimizer is given."
-        )
+    if len(shape) == len(leaf.shape):
+        if manual_axes() and place.axes:
+            outer = place.axes[0]
+            shards = max(leaf.shape[outer] // max(shape[outer], 1), 1)
+            if stacked(shape, place.axes) * shards == layers:
+                return dataclasses.replace(place, shards=shards)
+        elif stacked(shape, place.axes) == layers:
+            return place.on_devices_of(array)
+    count = f"{layers} layers on {_axes_name(place.axes)}" if place.axes else "one layer"
+    part = ", or an even part of them," if manual_axes() else ""
+    raise ValueError(
+        f"{leaf.path} {shape} does not have the {count}{part} that this Depth found by "
+        f"{place.found_by} in {leaf.shape}. Make the Depth from the same tree that the "
+        "optimizer is given."
+    )
+
+
+def _parts(leaf: Leaf, array: jax.Array) -> int:
+    """Into how many parts shard_map has split each layer of a leaf."""
+    shards = 1 if leaf.place is None else leaf.place.shards
+    return math.prod(leaf.shape) // max(array.size * shards, 1)
 
 
 def check_mixable(path: str, leaf: jax.Array, copies: int) -> None:
@@ -565,7 +637,9 @@ def _place(fields: Mapping[str, Any] | None) -> Place | None:
     if fields is None:
         return None
     axes, layers = tuple(fields["axes"]), tuple(fields["layers"])
-    return Place(fields["group"], fields["tensor"], axes, layers, fields["found_by"])
+    return Place(
+        fields["group"], fields["tensor"], axes, layers, fields["found_by"], int(fields["shards"])
+    )
 
 
 def _rule(fields: Mapping[str, Any]) -> Rule:

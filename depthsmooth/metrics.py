@@ -11,7 +11,7 @@ import optax
 from depthsmooth.blocks import Tensor, inner, norms, ratio
 from depthsmooth.layout import Depth, Track, Where
 from depthsmooth.places import leaves_of
-from depthsmooth.stencil import Stencil, apply, exists, join, widened
+from depthsmooth.stencil import Stencil, apply, exists, join
 
 
 class DepthMetrics(NamedTuple):
@@ -71,7 +71,7 @@ def depth_metrics(
         groups.setdefault(track.group, []).append(track)
     metrics = {}
     for group, tracks in groups.items():
-        block = [track.tensor(leaves).map(widened) for track in tracks]
+        block = [track.tensor(leaves) for track in tracks]
         steps = [_along(-1, tensor, track) for tensor, track in zip(block, tracks, strict=True)]
         nexts = [_along(0, tensor, track) for tensor, track in zip(block, tracks, strict=True)]
         present = [{k for place in track.places for k in place.layers} for track in tracks]
@@ -91,5 +91,14 @@ def _along(own: float, tensor: Tensor, track: Track) -> Tensor:
     for run in track.runs:
         there = exists((1,), run).astype(float)
         runs.append(Stencil((0, 1), np.concatenate([own * there, there])))
-    arrays = apply(join(runs), tensor.arrays, tensor.axes, track.layers)
-    return Tensor(arrays, tensor.axes, tensor.layers)
+    return tensor.of(
+        apply(
+            join(runs),
+            tensor.arrays,
+            tensor.axes,
+            track.layers,
+            shards=tensor.shards,
+            axis_name=tensor.axis_name,
+            wide=True,
+        )
+    )

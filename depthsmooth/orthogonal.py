@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from depthsmooth.blocks import ratio
-from depthsmooth.finding import find_depth
+from depthsmooth.finding import depth_of
 from depthsmooth.layout import Depth
 from depthsmooth.places import Place
 from depthsmooth.stencil import narrowed, widened
@@ -109,7 +109,7 @@ def muon_over_depth(
 
     def for_tree(tree: optax.Params) -> optax.GradientTransformationExtraArgs:
         """The optimizer of one tree, whose paths and shapes tell everything."""
-        found = find_depth(tree, metadata=False) if depth is None else depth.resolve(tree)
+        found = depth_of(tree, depth)
         numbers = dimension_numbers
         if callable(numbers):
             numbers = numbers(tree)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from depthsmooth.mesh import shards_along
 from depthsmooth.stencil import Axes
 
 KeyPath = tuple[Hashable, ...]
@@ -33,6 +34,8 @@ class Place:
       layers: the layers that the leaf holds, counted from 0, in row-major order of
         ``axes``.
       found_by: what says so: ``"trace"``, ``"rule"``, ``"names"`` or ``"metadata"``.
+      shards: into how many parts devices split the layers, as far as is known. It
+        changes no result, but how much devices have to tell each other.
     """
 
     group: str
@@ -40,6 +43,16 @@ class Place:
     axes: Axes
     layers: tuple[int, ...]
     found_by: str
+    shards: int = 1
+
+    def on_devices_of(self, leaf: object) -> Place:
+        """The place with the shards of a leaf, if these are known."""
+        known = [shards_along(leaf, axis) for axis in self.axes]
+        shards = [count for count in known if count is not None]
+        if not shards or len(shards) < len(known):
+            return self
+        # Layers that are split along an inner axis are no runs of layers.
+        return dataclasses.replace(self, shards=shards[0] if set(shards[1:]) <= {1} else 1)
 
     @property
     def layer(self) -> int:

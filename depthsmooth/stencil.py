@@ -1,20 +1,25 @@
 """How: an operator over depth as static shifts and weights, and the kernel that applies it."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from depthsmooth.mesh import AxisName
+
 Axes = tuple[int, ...]
 """The axes of a leaf that run over its layers, outer to inner; none for a leaf of one layer."""
 
 _MOST_SHIFTS = 16
-"""Stencils of more offsets are faster as a matrix: see benchmarks/large_radius.py."""
+"""Stencils of more offsets are dense: see benchmarks/large_radius.py."""
 
 Weights = np.ndarray | jax.Array | Sequence[np.ndarray | jax.Array]
 
@@ -47,12 +52,38 @@ class Stencil:
         return len(self.weights[0])
 
     @property
+    def is_dense(self) -> bool:
+        """Whether it is faster as a matrix."""
+        return len(self.offsets) > _MOST_SHIFTS
+
+    @property
     def is_identity(self) -> bool:
         """Whether the operator is known, while tracing, to change nothing."""
         if isinstance(self.weights, jax.Array):
             return False
         rows = zip(self.offsets, self.weights, strict=True)
         return all(isinstance(row, np.ndarray) and (row == (k == 0)).all() for k, row in rows)
+
+    def of_scaled(self, factors: jax.Array) -> Stencil:
+        r"""The operator that scales first: :math:`S\, \mathrm{diag}(\mathrm{factors})`.
+
+        Args:
+          factors: for each layer, of shape ``(L,)``.
+
+        Example:
+          >>> halves = Stencil((-1, 1), np.array([[0, 0.5, 1], [1, 0.5, 0]]))
+          >>> matrix_of(halves.of_scaled(jnp.array([1.0, 0.0, 2.0]))).tolist()
+          [[0.0, 0.0, 0.0], [0.5, 0.0, 1.0], [0.0, 0.0, 0.0]]
+        """
+        weights = []
+        for offset, row in zip(self.offsets, self.weights, strict=True):
+            scales = _pad(factors, offset, 0)
+            exist = np.array([layer is not None for layer in self.neighbours(offset)])
+            if (exist != exists((offset,), self.layers)[0]).any():
+                scales = jnp.where(exist, scales, 0)  # what is read of another run may be NaN
+            dtype = np.promote_types(jnp.asarray(row).dtype, factors.dtype)
+            weights.append(jnp.asarray(row, dtype) * scales.astype(dtype))
+        return Stencil(self.offsets, weights, self.runs)
 
     def neighbours(self, offset: int) -> list[int | None]:
         """For each layer the one at that offset, None where its run has none."""
@@ -169,6 +200,11 @@ def apply(
     axes: Sequence[Axes],
     layers: Sequence[Sequence[int]],
     zero: jax.typing.ArrayLike = 0,
+    *,
+    shards: Sequence[int] | None = None,
+    axis_name: AxisName | None = None,
+    halos: Sequence[Halo] | None = None,
+    wide: bool = False,
 ) -> list[jax.Array]:
     r"""Mixes the layers that several arrays hold between them: :math:`(S \otimes I)\, u`.
 
@@ -177,9 +213,13 @@ def apply(
     narrower than 32 bits are mixed in float32 and cast back; float32, float64 and
     complex types keep their own arithmetic.
 
+    Where devices split the layers into shards, each gets the layers that the stencil reads
+    beyond its own from those that hold them, as they are, and nothing else.
+
     A stencil of more than 16 offsets is applied as a matrix instead, to all the layers
     brought together: faster from there on (``benchmarks/large_radius.py``), at the cost
-    of a copy, and of a NaN in one layer reaching every other of its run.
+    of a copy, and of a NaN in one layer reaching every other of its run. Shards go round
+    then, so that no device has more than two of them at a time.
 
     Args:
       stencil: the operator, for all the layers.
@@ -189,9 +229,15 @@ def apply(
         axes. Every layer is held once.
       zero: a scalar 0. If it is traced, so that a compiler cannot know that it is 0,
         the result of shifts is the same in every bit, however the layers are laid out.
+      shards: for each array into how many parts devices split its layers; 1, unless said.
+      axis_name: in ``jax.shard_map``, where a device has one shard of each array: the mesh
+        axis along which the others are.
+      halos: what :func:`exchange` gives for the same arguments, if it is at hand.
+      wide: whether results of narrow types stay in float32.
 
     Returns:
-      Arrays of the shapes, dtypes, weak types and shardings of ``updates``.
+      Arrays of the shapes, shardings and, unless ``wide``, dtypes and weak types of
+      ``updates``.
 
     Example:
       >>> halves = Stencil((-1, 1), np.array([[0, 0.5, 1], [1, 0.5, 0]]))
@@ -203,76 +249,201 @@ def apply(
       [[2.0, 2.0], 3.0]
     """
     if stencil.is_identity:
-        return list(updates)
-    held = tuple(map(tuple, layers))
-    if len(stencil.offsets) > _MOST_SHIFTS:
+        return [widened(update) for update in updates] if wide else list(updates)
+    layout = _layout(updates, axes, layers, shards)
+    if stencil.is_dense:
         runs = stencil.runs or (stencil.layers,)
-        product: list[jax.Array] = _multiply(
-            list(updates), matrix_of(stencil), tuple(axes), held, runs
+        reach = max(map(abs, stencil.offsets))
+        mixed: list[jax.Array] = _multiply(
+            list(updates), matrix_of(stencil), *layout, axis_name, runs, reach
         )
-        return product
-    neighbours = tuple(map(tuple, map(stencil.neighbours, stencil.offsets)))
-    mixed: list[jax.Array] = _shift_and_add(
-        list(updates), list(stencil.weights), zero, neighbours, tuple(axes), held
-    )
-    return mixed
+    else:
+        if halos is None:
+            halos = exchange(stencil, updates, axes, layers, shards=shards, axis_name=axis_name)
+        mixed = _shift_and_add(
+            list(updates),
+            list(halos),
+            list(stencil.weights),
+            zero,
+            _neighbours(stencil),
+            *layout,
+            axis_name,
+        )
+    return mixed if wide else list(map(narrowed, mixed, updates))
 
 
-# Both are compiled by themselves, so that tensors that are alike are traced and lowered once.
+Halo = tuple[jax.Array | None, jax.Array | None]
+"""The layers before the first of each shard, and after the last; None where none are read."""
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def exchange(
+    stencil: Stencil,
+    updates: Sequence[jax.Array],
+    axes: Sequence[Axes],
+    layers: Sequence[Sequence[int]],
+    *,
+    shards: Sequence[int] | None = None,
+    axis_name: AxisName | None = None,
+) -> list[Halo]:
+    """What a stencil reads of other shards: r layers from either side for the radius r.
+
+    Args:
+      stencil: as the others in :func:`apply`.
+      updates: the arrays.
+      axes: their depth axes.
+      layers: the layers they hold.
+      shards: into how many parts devices split these.
+      axis_name: the mesh axis that the parts are along, in ``jax.shard_map``.
+
+    Returns:
+      For each array its halo, of its type.
+    """
+    layout = _layout(updates, axes, layers, shards)
+    if stencil.is_identity or stencil.is_dense or set(layout.shards) <= {1}:
+        return [(None, None)] * len(updates)
+    halos: list[Halo] = _exchange(list(updates), _neighbours(stencil), *layout, axis_name)
+    return halos
+
+
+class _Layout(NamedTuple):
+    axes: tuple[Axes, ...]
+    layers: tuple[tuple[int, ...], ...]
+    shards: tuple[int, ...]
+
+
+def _layout(
+    updates: Sequence[jax.Array],
+    axes: Sequence[Axes],
+    layers: Sequence[Sequence[int]],
+    shards: Sequence[int] | None,
+) -> _Layout:
+    split = (1,) * len(updates) if shards is None else tuple(shards)
+    return _Layout(tuple(axes), tuple(map(tuple, layers)), split)
+
+
+def _neighbours(stencil: Stencil) -> tuple[tuple[int | None, ...], ...]:
+    return tuple(map(tuple, map(stencil.neighbours, stencil.offsets)))
+
+
+# These are compiled by themselves, so that tensors that are alike are traced and lowered once.
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _exchange(
+    updates: Sequence[jax.Array],
+    neighbours: Sequence[Sequence[int | None]],
+    axes: Sequence[Axes],
+    layers: Sequence[Sequence[int]],
+    shards: Sequence[int],
+    axis_name: AxisName | None,
+) -> list[Halo]:
+    reads = _reads(neighbours, layers)
+    arrays = [Layers(*each, axis_name) for each in zip(updates, axes, shards, strict=True)]
+    return [array.halo(_offsets_in(j, reads)) for j, array in enumerate(arrays)]
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7, 8))
 def _shift_and_add(
     updates: Sequence[jax.Array],
+    halos: Sequence[Halo],
     weights: Sequence[jax.Array],
     zero: jax.Array,
     neighbours: Sequence[Sequence[int | None]],
     axes: Sequence[Axes],
     layers: Sequence[Sequence[int]],
+    shards: Sequence[int],
+    axis_name: AxisName | None,
 ) -> list[jax.Array]:
-    wide = [Layers(widened(array), a) for array, a in zip(updates, axes, strict=True)]
-    held = {layer: (j, i) for j, ours in enumerate(layers) for i, layer in enumerate(ours)}
+    reads = _reads(neighbours, layers)
+    arrays = [Layers(*each, axis_name) for each in zip(updates, axes, shards, strict=True)]
+    shifts = [array.shifts(halo) for array, halo in zip(arrays, halos, strict=True)]
     results = []
-    for update, array, ours in zip(updates, wide, layers, strict=True):
+    for array, ours, read in zip(arrays, layers, reads, strict=True):
+        wide = widened(array.array)
         taps = []
-        for row, neighbour in zip(weights, neighbours, strict=True):
-            wanted = [neighbour[layer] for layer in ours]
-            places = [None if layer is None else held[layer] for layer in wanted]
-            product = array.over_layers(some_of(row, ours)) * _gather(wide, places, array)
+        for row, places in zip(weights, read, strict=True):
+            gathered = widened(_gather(arrays, shifts, places, array)).astype(wide.dtype)
+            product = array.over_layers(some_of(row, ours), wide.dtype) * gathered
             # Compilers round a product that meets a sum, or do not, as they like. A sum with a 0
             # that they do not see through rounds it always.
             taps.append(product + zero.astype(product.dtype))
-        results.append(narrowed(functools.reduce(jnp.add, taps), update))
+        results.append(functools.reduce(jnp.add, taps))
     return results
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7))
 def _multiply(
     updates: Sequence[jax.Array],
     matrix: jax.Array,
     axes: Sequence[Axes],
     layers: Sequence[Sequence[int]],
+    shards: Sequence[int],
+    axis_name: AxisName | None,
+    runs: Sequence[int],
+    reach: int,
+) -> list[jax.Array]:
+    arrays = [
+        Layers(*each, axis_name) for each in zip(map(widened, updates), axes, shards, strict=True)
+    ]
+    merged = [array.merged() for array in arrays]
+    [count] = {array.shards for array in arrays} if len(set(shards)) == 1 else {1}
+    if count > 1:
+        mixed = _multiply_shards(arrays, merged, matrix, layers, reach)
+    else:
+        mixed = _multiply_runs(merged, matrix, layers, runs)
+    return [array.unmerge(piece) for array, piece in zip(arrays, mixed, strict=True)]
+
+
+def _multiply_runs(
+    merged: Sequence[jax.Array],
+    matrix: jax.Array,
+    layers: Sequence[Sequence[int]],
     runs: Sequence[int],
 ) -> list[jax.Array]:
-    wide = [Layers(widened(array), a) for array, a in zip(updates, axes, strict=True)]
+    """Each run of layers, of arrays of shape (layers, ...), by its part of the matrix."""
     order = [layer for ours in layers for layer in ours]
-    together = jnp.concatenate([array.merged() for array in wide])
-    in_order = _taken(together, np.argsort(order))
+    in_order = _taken(jnp.concatenate(merged), np.argsort(order))
     products = [
-        jnp.tensordot(
-            matrix[start:end, start:end].astype(together.dtype),
-            in_order[start:end],
-            1,
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        _product(matrix[start:end, start:end], in_order[start:end], "ij,j...->i...")
         for start, end in itertools.pairwise([0, *itertools.accumulate(runs)])
     ]
     mixed = _taken(jnp.concatenate(products), np.array(order))
-    pieces = jnp.split(mixed, np.cumsum([len(ours) for ours in layers])[:-1])
-    return [
-        narrowed(array.unmerge(piece), update)
-        for array, piece, update in zip(wide, pieces, updates, strict=True)
-    ]
+    return jnp.split(mixed, np.cumsum([len(ours) for ours in layers])[:-1])
+
+
+def _multiply_shards(
+    arrays: Sequence[Layers],
+    merged: Sequence[jax.Array],
+    matrix: jax.Array,
+    layers: Sequence[Sequence[int]],
+    reach: int,
+) -> list[jax.Array]:
+    """Each shard by its part of the matrix, and every other that is within reach, as it passes."""
+    shards = arrays[0].shards
+    like = Layers(merged[0], (0,), shards, arrays[0].axis_name)
+    sizes = [len(ours) // shards for ours in layers]
+    together = jnp.concatenate(
+        [Layers(array, (0,), shards, like.axis_name).split()[0] for array in merged], 1
+    )
+    order = np.concatenate([np.reshape(ours, (shards, -1)) for ours in layers], 1)
+    total = jnp.zeros_like(together)
+    for distance in range(1 - shards, shards):
+        others = np.arange(shards) + distance
+        exist = (others >= 0) & (others < shards)
+        columns = order[np.where(exist, others, 0)]
+        if (np.abs(order[:, :, None] - columns[:, None, :]).min((1, 2)) > reach)[exist].all():
+            continue
+        blocks = matrix[order[:, :, None], columns[:, None, :]]
+        blocks = like.of_shards(jnp.where(exist[:, None, None], blocks, 0))
+        passing = like.from_shard(together, distance, 0)
+        total += _product(blocks, passing, "sij,sj...->si...")
+    pieces = jnp.split(total, np.cumsum(sizes)[:-1], 1)
+    return [piece.reshape(-1, *piece.shape[2:]) for piece in pieces]
+
+
+def _product(matrix: jax.Array, layers: jax.Array, subscripts: str) -> jax.Array:
+    narrow = matrix.astype(layers.dtype)
+    return jnp.einsum(subscripts, narrow, layers, precision=jax.lax.Precision.HIGHEST)
 
 
 def _taken(layers: jax.Array, order: np.ndarray) -> jax.Array:
@@ -280,17 +451,34 @@ def _taken(layers: jax.Array, order: np.ndarray) -> jax.Array:
     return layers if (order == np.arange(len(order))).all() else layers[order]
 
 
+Shift = Callable[[int], jax.Array]
+
+
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """An array with the axes that run over its layers."""
+    """An array with the axes that run over its layers.
+
+    Attributes:
+      array: the array; with an ``axis_name`` the shard of it that this device has.
+      axes: those that run over its layers, outer to inner.
+      shards: into how many parts devices split its layers, one run of layers after another.
+      axis_name: the mesh axis along which the shards are, in ``jax.shard_map``.
+    """
 
     array: jax.Array
     axes: Axes
+    shards: int = 1
+    axis_name: AxisName | None = None
 
     @property
     def sizes(self) -> Axes:
         """How long each of the axes is."""
         return tuple(self.array.shape[axis] for axis in self.axes)
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether the array is a part of what it stands for."""
+        return self.shards > 1 and self.axis_name is not None
 
     def merged(self) -> jax.Array:
         """The array of shape (layers, ...)."""
@@ -302,32 +490,130 @@ class Layers:
         front = merged.reshape(*self.sizes, *merged.shape[1:])
         return jnp.moveaxis(front, range(len(self.axes)), self.axes)
 
-    def over_layers(self, values: jax.typing.ArrayLike) -> jax.Array:
-        """One value for each layer, in a shape that multiplies the array."""
+    def over_layers(
+        self, values: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike | None = None
+    ) -> jax.Array:
+        """One value for each layer, in a shape that multiplies the array, and in its type."""
         ones = (1,) * (self.array.ndim - len(self.axes))
-        return self.unmerge(jnp.asarray(values, self.array.dtype).reshape(-1, *ones))
+        cast = jnp.asarray(values, self.array.dtype if dtype is None else dtype)
+        if self.is_shard:
+            cast = self.of_shards(cast.reshape(self.shards, -1))
+        return self.unmerge(cast.reshape(-1, *ones))
 
-    def shift(self, offset: int) -> jax.Array:
-        """Puts layer ``i + offset`` in place i, and zeros where there is none."""
+    def of_shards(self, values: jax.Array) -> jax.Array:
+        """What is there for each shard, of shape (shards, ...): the part that devices have."""
+        if self.is_shard:
+            index = jax.lax.axis_index(self.axis_name)
+            own: jax.Array = jax.lax.dynamic_index_in_dim(values, index, keepdims=True)
+            return own
+        axis = jax.typeof(self.array).sharding.spec[self.axes[0]]
+        spread: jax.Array = values if axis is None else jax.reshard(values, jax.P(axis))
+        return spread
+
+    def shifts(self, halo: Halo) -> Shift:
+        """A function that puts layer ``i + offset`` in place i, and zeros where there is none."""
+        if self.shards == 1:
+            return self._shift
+        split, axis = self.split()
+        parts = [part for part in (halo[0], split, halo[1]) if part is not None]
+        around = jnp.concatenate(parts, axis + 1)
+        before = 0 if halo[0] is None else halo[0].shape[axis + 1]
+        size = split.shape[axis + 1]
+
+        def shift(offset: int) -> jax.Array:
+            start = before + offset
+            shifted = jax.lax.slice_in_dim(around, start, start + size, axis=axis + 1)
+            joined = shifted.reshape(*split.shape[:axis], -1, *split.shape[axis + 2 :])
+            return joined if len(self.axes) == 1 else self.unmerge(joined)
+
+        return shift
+
+    def _shift(self, offset: int) -> jax.Array:
         if offset == 0:
             return self.array
         if len(self.axes) == 1:
             return _pad(self.array, offset, self.axes[0])
         return self.unmerge(_pad(self.merged(), offset, 0))
 
+    def split(self) -> tuple[jax.Array, int]:
+        """The array with an axis of shards, before that of their layers; and which it is."""
+        array, axis = (self.array, self.axes[0]) if len(self.axes) == 1 else (self.merged(), 0)
+        shards = 1 if self.is_shard else self.shards
+        return array.reshape(*array.shape[:axis], shards, -1, *array.shape[axis + 1 :]), axis
+
+    def halo(self, offsets: Sequence[int]) -> Halo:
+        """What shifts by these offsets read of other shards, with an axis of shards."""
+        if self.shards == 1:
+            return None, None
+        before, after = -min([0, *offsets]), max([0, *offsets])
+        return (
+            self._beyond(-1, before) if before else None,
+            self._beyond(1, after) if after else None,
+        )
+
+    def _beyond(self, side: int, reach: int) -> jax.Array:
+        """The layers on one side of each shard, from nearer and farther ones."""
+        split, axis = self.split()
+        size = split.shape[axis + 1]
+        pieces = []
+        for distance in range(1, -(-reach // size) + 1):
+            count = min(size, reach - (distance - 1) * size)
+            start = 0 if side > 0 else size - count
+            piece = jax.lax.slice_in_dim(split, start, start + count, axis=axis + 1)
+            pieces.append(self.from_shard(piece, side * distance, axis))
+        return jnp.concatenate(pieces[::side], axis + 1)
+
+    def from_shard(self, piece: jax.Array, distance: int, axis: int) -> jax.Array:
+        """What the shard at that distance has; zeros where there is none."""
+        if distance == 0:
+            return piece
+        if abs(distance) >= self.shards:
+            return jnp.zeros_like(piece)
+        if not self.is_shard:
+            return _pad(piece, distance, axis)
+        senders = range(max(0, distance), min(self.shards, self.shards + distance))
+        moved: jax.Array = jax.lax.ppermute(
+            piece, self.axis_name, [(s, s - distance) for s in senders]
+        )
+        return moved
+
+
+Places = Sequence[tuple[int, int] | None]
+"""Where a tap finds its layers: for each an array, and an index in it; None where there is none."""
+
+
+def _reads(
+    neighbours: Sequence[Sequence[int | None]], layers: Sequence[Sequence[int]]
+) -> list[list[Places]]:
+    """For each array and each tap where it finds its layers."""
+    held = {layer: (j, i) for j, ours in enumerate(layers) for i, layer in enumerate(ours)}
+    place_of = {None: None} | held
+    return [[[place_of[tap[layer]] for layer in ours] for tap in neighbours] for ours in layers]
+
+
+def _found(places: Places) -> set[tuple[int, int]]:
+    """The arrays that the layers are in, and the offsets in these."""
+    return {(place[0], place[1] - i) for i, place in enumerate(places) if place is not None}
+
+
+def _offsets_in(j: int, reads: Sequence[Sequence[Places]]) -> list[int]:
+    """The offsets at which any tap finds its layers in one array."""
+    founds = [_found(places) for read in reads for places in read]
+    return [offset for found in founds if len(found) == 1 for at, offset in found if at == j]
+
 
 def _gather(
-    arrays: Sequence[Layers], places: Sequence[tuple[int, int] | None], like: Layers
+    arrays: Sequence[Layers], shifts: Sequence[Shift], places: Places, like: Layers
 ) -> jax.Array:
-    """An array like ``like`` whose layers come from those places: an array, an index in it."""
+    """An array like ``like`` whose layers come from those places."""
     zeros = jnp.zeros_like(like.array)
-    found = {(place[0], place[1] - i) for i, place in enumerate(places) if place is not None}
+    found = _found(places)
     if not found:
         return zeros
     if len(found) == 1:
         [(j, offset)] = found
-        if arrays[j].axes == like.axes and arrays[j].array.shape == like.array.shape:
-            shifted = arrays[j].shift(offset).astype(zeros.dtype)
+        if (arrays[j].axes, arrays[j].array.shape) == (like.axes, like.array.shape):
+            shifted = shifts[j](offset).astype(zeros.dtype)
             exist = np.array([place is not None for place in places])
             inside = exists((offset,), len(places))[0]
             if (exist == inside).all():

@@ -106,7 +106,7 @@ def trace_depth(
     alone = "it is no layer of a loop, and no sibling of another"
     return Depth(
         tuple(
-            Leaf(path, shape_of(leaf), placing.places[index])
+            Leaf(path, shape_of(leaf), placing.places[index].on_devices_of(leaf))
             if index in placing.places
             else Leaf(path, shape_of(leaf), None, placing.reasons.get(index, alone))
             for index, (path, leaf) in enumerate(zip(paths, leaves, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +12,30 @@ import optax
 
 from depthsmooth import cuts as cuts_
 from depthsmooth import stencil
-from depthsmooth.blocks import Block, norms, ratio, scaled
+from depthsmooth.blocks import Block, Tensor, everywhere, factors_of, norms, ratio, scaled
 from depthsmooth.cuts import Cuts
-from depthsmooth.finding import find_depth
+from depthsmooth.finding import depth_of
 from depthsmooth.layout import Depth, Track, Where
+from depthsmooth.mesh import AxisName, names_of
 from depthsmooth.operators import Operator, check_operator, window
 from depthsmooth.places import is_masked, leaves_of, nodes_of
 
 Variant = Literal["standard", "norm_preserving", "directional"]
 NormOver = Literal["tensor", "block"]
 
-Mix = Callable[[Block], Block]
-Augment = Callable[[Block, Mix], Block]
+
+class Mix(Protocol):
+    """An operator on the updates at hand."""
+
+    def __call__(self, factors: jax.Array | None = None) -> Block:
+        """What it makes of them, in float32 at least, after multiplying each layer by a factor."""
+
+
+class Read(Protocol):
+    """Reads the updates from memory, each time anew."""
+
+    def __call__(self, after: jax.Array | None = None) -> tuple[Block, Mix]:
+        """The updates, and the operator on them, once a value is known."""
 
 
 class SmoothOverDepthState(NamedTuple):
@@ -44,6 +56,7 @@ def smooth_over_depth(
     variant: Variant = "standard",
     norm_over: NormOver = "tensor",
     cuts: Cuts = (),
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Mixes the update of every layer with those of its two neighbours.
 
@@ -73,6 +86,7 @@ def smooth_over_depth(
       norm_over: what has a norm: each ``"tensor"`` of a layer, or the ``"block"``.
       cuts: positions across which nothing is mixed: ``(4,)`` parts layers 0 to 3 from
         those from 4 on.
+      axis_name: in ``jax.shard_map``, the mesh axis, or axes, that layers are split over.
 
     Returns:
       A transformation with the state :class:`SmoothOverDepthState`. Updates keep
@@ -97,7 +111,13 @@ def smooth_over_depth(
       <https://arxiv.org/abs/2606.30813>`_, 2026 (Algorithm 1).
     """
     return augment_over_depth(
-        window(alpha), depth=depth, where=where, variant=variant, norm_over=norm_over, cuts=cuts
+        window(alpha),
+        depth=depth,
+        where=where,
+        variant=variant,
+        norm_over=norm_over,
+        cuts=cuts,
+        axis_name=axis_name,
     )
 
 
@@ -109,6 +129,7 @@ def augment_over_depth(
     variant: Variant = "standard",
     norm_over: NormOver = "tensor",
     cuts: Cuts = (),
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Applies any operator over depth: Depth-wise Gradient Augmentation.
 
@@ -142,6 +163,9 @@ def augment_over_depth(
       cuts: positions across which nothing is mixed, as where dense layers end and sparse
         ones begin: ``(4,)`` parts layers 0 to 3 from those from 4 on. For every group, or a
         mapping from the name of a group to its cuts. They need a ``depth``.
+      axis_name: in ``jax.shard_map``, the mesh axis that layers are split over, or several,
+        outer to inner. There ``depth`` has to be that of the whole arrays, and norms are
+        summed over the axes that layers are spread over.
 
     Returns:
       A transformation with the state :class:`SmoothOverDepthState`. Updates keep
@@ -169,7 +193,7 @@ def augment_over_depth(
     """
     if variant not in list(_VARIANTS):
         raise ValueError(f"variant is {variant!r}, but has to be one of {', '.join(_VARIANTS)}.")
-    return _over_depth(_VARIANTS[variant], operator, depth, where, norm_over, cuts)
+    return _over_depth(_VARIANTS[variant], operator, depth, where, norm_over, cuts, axis_name)
 
 
 def shrink_over_depth(
@@ -179,6 +203,7 @@ def shrink_over_depth(
     where: Where | None = None,
     norm_over: NormOver = "tensor",
     cuts: Cuts = (),
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A control: every layer gets the norm that mixing would have left it, and is not mixed.
 
@@ -194,6 +219,7 @@ def shrink_over_depth(
       where: which of the leaves that ``depth`` places are shrunk.
       norm_over: what has a norm: each ``"tensor"`` of a layer, or the ``"block"``.
       cuts: positions across which nothing is mixed.
+      axis_name: in ``jax.shard_map``, the mesh axis that layers are split over.
 
     Returns:
       A transformation with the state :class:`SmoothOverDepthState`.
@@ -208,26 +234,36 @@ def shrink_over_depth(
       >>> tx.update(params, tx.init(params))[0]["layers"].tolist()
       [2.0, -1.0, 0.0]
     """
-    return _over_depth(_shrunk, operator, depth, where, norm_over, cuts)
+    return _over_depth(_shrunk, operator, depth, where, norm_over, cuts, axis_name)
 
 
-def _standard(updates: Block, mix: Mix) -> Block:
-    return mix(updates)
+def _standard(read: Read) -> Block:
+    _, mix = read()
+    return mix()
 
 
-def _norm_preserving(updates: Block, mix: Mix) -> Block:
-    mixed = mix(updates)
-    return scaled(mixed, ratio(norms(updates), norms(mixed)))
+def _norm_preserving(read: Read) -> Block:
+    updates, mix = read()
+    factors = ratio(norms(updates), norms(mix()))
+    _, mix = read(factors)
+    return scaled(mix(), factors)
 
 
-def _directional(updates: Block, mix: Mix) -> Block:
+def _directional(read: Read) -> Block:
+    updates, _ = read()
     before = norms(updates)
-    mixed = mix(scaled(updates, ratio(1, before)))
-    return scaled(mixed, ratio(before, norms(mixed)))
+    to_directions = ratio(1, before)
+    _, mix = read(to_directions)
+    factors = ratio(before, norms(mix(to_directions)))
+    _, mix = read(factors)
+    return scaled(mix(to_directions), factors)
 
 
-def _shrunk(updates: Block, mix: Mix) -> Block:
-    return scaled(updates, ratio(norms(mix(updates)), norms(updates)))
+def _shrunk(read: Read) -> Block:
+    updates, mix = read()
+    factors = ratio(norms(mix()), norms(updates))
+    updates, _ = read(factors)
+    return scaled(updates, factors)
 
 
 _VARIANTS = {
@@ -238,12 +274,13 @@ _VARIANTS = {
 
 
 def _over_depth(
-    augment: Augment,
+    variant: Callable[[Read], Block],
     operator: Operator,
     depth: Depth | None,
     where: Where | None,
     norm_over: NormOver,
     cuts: Cuts,
+    axis_name: AxisName | None,
 ) -> optax.GradientTransformationExtraArgs:
     check_operator(operator)
     if not isinstance(depth, Depth | None):
@@ -255,6 +292,8 @@ def _over_depth(
         raise ValueError(f"norm_over is {norm_over!r}, but has to be 'tensor' or 'block'.")
     if where is not None and not callable(where):
         raise ValueError(f"where is {where!r}, but has to be a function of a path and a leaf.")
+    if not all(isinstance(name, str) for name in names_of(axis_name)):
+        raise ValueError(f"axis_name is {axis_name!r}, but has to be the name of a mesh axis.")
     cuts_.check(cuts)
     if cuts and depth is None:
         raise ValueError(
@@ -264,7 +303,7 @@ def _over_depth(
         )
 
     def stencils_of(tree: optax.Params, count: jax.Array) -> dict[Track, stencil.Stencil]:
-        found = find_depth(tree, metadata=False) if depth is None else depth.resolve(tree)
+        found = depth_of(tree, depth)
         at = cuts_.of_groups(cuts, found, depth or found, leaves_of(tree)[1])
         selected = found if where is None else found.select(where, tree)
         return _stencils(operator, count, selected, at)
@@ -285,8 +324,10 @@ def _over_depth(
         nodes = nodes_of(updates)
         leaves = {path: leaf for path, leaf in nodes if leaf is not None}
         after: dict[str, jax.Array] = {}
+        zero = jnp.minimum(count, 0)
         for bundle in _bundles(stencils_of(updates, count), norm_over):
-            after |= _augmented(augment, bundle, leaves, jnp.minimum(count, 0))
+            results, zero = _augmented(variant, bundle, leaves, zero, axis_name)
+            after |= results
         treedef = jax.tree_util.tree_structure(updates, is_leaf=is_masked)
         mixed = [after.get(path, leaf) for path, leaf in nodes]
         updates = jax.tree_util.tree_unflatten(treedef, mixed)
@@ -338,25 +379,93 @@ def _bundles(
 
 
 def _augmented(
-    augment: Augment,
+    variant: Callable[[Read], Block],
     bundle: Mapping[Track, stencil.Stencil],
     updates: Mapping[str, jax.Array],
     zero: jax.Array,
-) -> dict[str, jax.Array]:
-    """The updates of some tracks, by their paths."""
+    axis_name: AxisName | None,
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """The updates of some tracks, by their paths, and the 0 that orders them.
 
-    def mix(block: Block) -> Block:
-        return [
-            dataclasses.replace(
-                tensor, arrays=stencil.apply(mixing, tensor.arrays, tensor.axes, track.layers, zero)
-            )
-            for tensor, (track, mixing) in zip(block, bundle.items(), strict=True)
-        ]
+    It is handed from one reading to the next, so that compilers do not begin with all the tensors
+    at once, and keep all of their updates until the last is done.
+    """
+    mixings = [
+        _Mixing.of(track, operator, track.tensor(updates, axis_name))
+        for track, operator in bundle.items()
+    ]
+    block = [mixing.tensor for mixing in mixings]
 
-    before = [track.tensor(updates) for track in bundle]
-    after = augment([tensor.map(stencil.widened) for tensor in before], mix)
-    return {
-        path: stencil.narrowed(array, update)
-        for track, tensor, original in zip(bundle, after, before, strict=True)
-        for path, array, update in zip(track.paths, tensor.arrays, original.arrays, strict=True)
+    def read(after: jax.Array | None = None) -> tuple[Block, Mix]:
+        nonlocal zero
+        for k, mixing in enumerate(mixings):
+            mixings[k], zero = mixing.read(zero, after)
+        at_hand, nil = tuple(mixings), zero
+
+        def mix(factors: jax.Array | None = None) -> Block:
+            return [mixing.mixed(nil, factors) for mixing in at_hand]
+
+        return [mixing.tensor for mixing in at_hand], mix
+
+    results = {
+        path: stencil.narrowed(array, original)
+        for track, before, after in zip(bundle, block, variant(read), strict=True)
+        for path, array, original in zip(track.paths, after.arrays, before.arrays, strict=True)
     }
+    return results, zero
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mixing:
+    """One tensor, and all that it is mixed by."""
+
+    track: Track
+    operator: stencil.Stencil
+    tensor: Tensor
+    halos: Sequence[stencil.Halo]
+
+    @classmethod
+    def of(cls, track: Track, operator: stencil.Stencil, tensor: Tensor) -> _Mixing:
+        """With what other shards have of it."""
+        halos = stencil.exchange(
+            operator,
+            tensor.arrays,
+            tensor.axes,
+            track.layers,
+            shards=tensor.shards,
+            axis_name=tensor.axis_name,
+        )
+        return cls(track, operator, tensor, halos)
+
+    def read(self, zero: jax.Array, after: jax.Array | None) -> tuple[_Mixing, jax.Array]:
+        """The same, as a compiler reads it from memory once more, when ``after`` is known.
+
+        It would keep what has been mixed for the norms, rather than mix again; and would mix
+        several tensors at a time, as they have weights in common, and keep the updates of all of
+        them until then. Dense operators take longer than to keep what they give.
+        """
+        if self.operator.is_identity or self.operator.is_dense:
+            return self, zero
+        weights = [jnp.asarray(row) for row in self.operator.weights]
+        values = self.tensor.arrays, self.halos, weights, zero, after
+        arrays, halos, weights, zero, _ = jax.lax.optimization_barrier(values)
+        operator = dataclasses.replace(self.operator, weights=weights)
+        return _Mixing(self.track, operator, self.tensor.of(arrays), halos), zero
+
+    def mixed(self, zero: jax.Array, factors: jax.Array | None) -> Tensor:
+        """What the operator makes of the tensor, each layer of which is first multiplied."""
+        operator = self.operator
+        if factors is not None:
+            operator = operator.of_scaled(everywhere(factors_of(factors, self.track.present)))
+        arrays = stencil.apply(
+            operator,
+            self.tensor.arrays,
+            self.tensor.axes,
+            self.track.layers,
+            zero,
+            shards=self.tensor.shards,
+            axis_name=self.tensor.axis_name,
+            halos=self.halos,
+            wide=True,
+        )
+        return self.tensor.of(arrays)

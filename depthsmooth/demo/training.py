@@ -113,7 +113,7 @@ class Experiment:
     def abstract_batch(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of a batch."""
         shape = (self.config.batch, self.config.context + 1)
-        return jax.ShapeDtypeStruct(shape, jnp.int32)  # type: ignore[no-untyped-call]
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     def optimizer(self, arm: Arm, shrink: float = 1.0) -> optax.GradientTransformation:
         """AdamW with the arm's own transformation between Adam and weight decay."""
