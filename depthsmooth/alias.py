@@ -9,6 +9,7 @@ import optax
 
 from depthsmooth.cuts import Cuts
 from depthsmooth.layout import Depth, Where
+from depthsmooth.mesh import AxisName
 from depthsmooth.orthogonal import (
     Coefficients,
     DimensionNumbers,
@@ -32,6 +33,7 @@ def sgd(
     variant: Variant = "standard",
     norm_over: NormOver = "tensor",
     cuts: Cuts = (),
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""``optax.sgd`` with its steps smoothed over depth.
 
@@ -51,6 +53,7 @@ def sgd(
       variant: what becomes of norms.
       norm_over: what has a norm.
       cuts: positions across which nothing is mixed.
+      axis_name: in ``jax.shard_map``, the mesh axis that layers are split over.
 
     Returns:
       The optimizer.
@@ -70,7 +73,13 @@ def sgd(
         if momentum is None
         else optax.trace(momentum, nesterov, accumulator_dtype),
         smooth_over_depth(
-            alpha, depth=depth, where=where, variant=variant, norm_over=norm_over, cuts=cuts
+            alpha,
+            depth=depth,
+            where=where,
+            variant=variant,
+            norm_over=norm_over,
+            cuts=cuts,
+            axis_name=axis_name,
         ),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -93,6 +102,7 @@ def adamw(
     variant: Variant = "standard",
     norm_over: NormOver = "tensor",
     cuts: Cuts = (),
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""``optax.adamw`` with Adam's steps smoothed over depth, and decay outside.
 
@@ -116,6 +126,7 @@ def adamw(
       variant: what becomes of norms.
       norm_over: what has a norm.
       cuts: positions across which nothing is mixed.
+      axis_name: in ``jax.shard_map``, the mesh axis that layers are split over.
 
     Returns:
       The optimizer.
@@ -138,7 +149,13 @@ def adamw(
     return optax.chain(
         optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
         smooth_over_depth(
-            alpha, depth=depth, where=where, variant=variant, norm_over=norm_over, cuts=cuts
+            alpha,
+            depth=depth,
+            where=where,
+            variant=variant,
+            norm_over=norm_over,
+            cuts=cuts,
+            axis_name=axis_name,
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
@@ -159,6 +176,7 @@ def lion(
     variant: Variant = "standard",
     norm_over: NormOver = "tensor",
     cuts: Cuts = (),
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""``optax.lion`` with its signs smoothed over depth, and decay outside.
 
@@ -179,6 +197,7 @@ def lion(
       variant: what becomes of norms.
       norm_over: what has a norm.
       cuts: positions across which nothing is mixed.
+      axis_name: in ``jax.shard_map``, the mesh axis that layers are split over.
 
     Returns:
       The optimizer.
@@ -197,7 +216,13 @@ def lion(
     return optax.chain(
         optax.scale_by_lion(b1, b2, mu_dtype),
         smooth_over_depth(
-            alpha, depth=depth, where=where, variant=variant, norm_over=norm_over, cuts=cuts
+            alpha,
+            depth=depth,
+            where=where,
+            variant=variant,
+            norm_over=norm_over,
+            cuts=cuts,
+            axis_name=axis_name,
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
@@ -230,6 +255,7 @@ def muon(
     variant: Variant = "standard",
     norm_over: NormOver = "tensor",
     cuts: Cuts = (),
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""``optax.contrib.muon``, layer by layer, with its steps smoothed over depth.
 
@@ -268,6 +294,7 @@ def muon(
       variant: what becomes of norms.
       norm_over: what has a norm.
       cuts: positions across which nothing is mixed.
+      axis_name: in ``jax.shard_map``, the mesh axis that layers are split over.
 
     Returns:
       The optimizer.
@@ -296,7 +323,13 @@ def muon(
         dimension_numbers=muon_weight_dimension_numbers,
         depth=depth,
         smooth=functools.partial(
-            smooth_over_depth, alpha, where=where, variant=variant, norm_over=norm_over, cuts=cuts
+            smooth_over_depth,
+            alpha,
+            where=where,
+            variant=variant,
+            norm_over=norm_over,
+            cuts=cuts,
+            axis_name=axis_name,
         ),
         ns_coeffs=ns_coeffs,
         ns_steps=ns_steps,
@@ -338,6 +371,7 @@ def normuon(
     variant: Variant = "standard",
     norm_over: NormOver = "tensor",
     cuts: Cuts = (),
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""NorMuon, layer by layer, with its steps smoothed over depth: as the paper trained nanochat.
 
@@ -374,6 +408,7 @@ def normuon(
       variant: what becomes of norms.
       norm_over: what has a norm.
       cuts: positions across which nothing is mixed.
+      axis_name: in ``jax.shard_map``, the mesh axis that layers are split over.
 
     Returns:
       The optimizer.
@@ -401,7 +436,13 @@ def normuon(
         dimension_numbers=muon_weight_dimension_numbers,
         depth=depth,
         smooth=functools.partial(
-            smooth_over_depth, alpha, where=where, variant=variant, norm_over=norm_over, cuts=cuts
+            smooth_over_depth,
+            alpha,
+            where=where,
+            variant=variant,
+            norm_over=norm_over,
+            cuts=cuts,
+            axis_name=axis_name,
         ),
         rescale=functools.partial(scale_by_neuron, b2),
         ns_coeffs=ns_coeffs,

@@ -51,13 +51,18 @@ class Tensor:
         if parts == 1:
             return ()
         varying = varying_axes(self.arrays[k])
-        axes = tuple(sorted((varying or frozenset()) - set(names_of(self.axis_name))))
+        of_depth = names_of(self.axis_name) if self.shards[k] > 1 else ()
+        axes = tuple(sorted((varying or frozenset()) - set(of_depth)))
         if varying is None or size_of(axes) != parts:
-            known = "check_vma=False hides" if varying is None else f"it differs along {axes}, not"
+            why = (
+                "check_vma=False hides which of the mesh axes their norms are to be summed over"
+                if varying is None
+                else f"they differ along {axes}, over {size_of(axes)} devices"
+            )
             raise ValueError(
-                f"The layers of {self.names[k]} are split into {parts} parts by shard_map, and "
-                f"{known} the mesh axes over which their norms are to be summed. Leave "
-                "check_vma=True, its default, and give the updates the shardings of the parameters."
+                f"The layers of {self.names[k]} are split into {parts} parts by shard_map, but "
+                f"{why}. Leave check_vma=True, its default, and sum gradients before, or use "
+                "variant='standard', which has no norms."
             )
         return axes
 

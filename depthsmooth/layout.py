@@ -121,13 +121,6 @@ class Track:
         leaf = next(leaf for leaf in self.leaves if leaf.place and leaf.place.shards > 1)
         [first, *_] = self.places
         split = f"{leaf}, of which shard_map gives each device a part of the {len(first.layers)} "
-        axes = names_of(axis_name)
-        if not axes or not set(axes) <= set(manual_axes()) or shards != {size_of(axes)}:
-            raise ValueError(
-                f"{split}layers, is split into {max(shards)} parts, and axis_name is "
-                f"{axis_name!r}. Say along which mesh axis the others are, by axis_name=...: one "
-                f"of {', '.join(f'{name!r} ({size_of(name)})' for name in manual_axes())}."
-            )
         steps = {b - a for place in self.places for a, b in itertools.pairwise(place.layers)}
         starts = sorted(place.layers[0] for place in self.places)
         in_turn = len({(place.axes, len(place.layers)) for place in self.places}) == 1 and (
@@ -138,6 +131,13 @@ class Track:
                 f"{split}layers, is mixed with {self.paths[-1]} in a way that exchanges more than "
                 "neighbouring layers: only those of one stack, or dealt to stacks in turn, can be "
                 "split in shard_map. Use jax.jit with shardings for these."
+            )
+        axes = names_of(axis_name)
+        if not axes or not set(axes) <= set(manual_axes()) or shards != {size_of(axes)}:
+            raise ValueError(
+                f"{split}layers, is split into {max(shards)} parts, and axis_name is "
+                f"{axis_name!r}. Say along which mesh axis the others are, by axis_name=...: one "
+                f"of {', '.join(f'{name!r} ({size_of(name)})' for name in manual_axes())}."
             )
 
     @functools.cached_property

@@ -16,7 +16,7 @@ from depthsmooth.blocks import Block, Tensor, everywhere, factors_of, norms, rat
 from depthsmooth.cuts import Cuts
 from depthsmooth.finding import depth_of
 from depthsmooth.layout import Depth, Track, Where
-from depthsmooth.mesh import AxisName, names_of
+from depthsmooth.mesh import AxisName
 from depthsmooth.operators import Operator, check_operator, window
 from depthsmooth.places import is_masked, leaves_of, nodes_of
 
@@ -292,7 +292,8 @@ def _over_depth(
         raise ValueError(f"norm_over is {norm_over!r}, but has to be 'tensor' or 'block'.")
     if where is not None and not callable(where):
         raise ValueError(f"where is {where!r}, but has to be a function of a path and a leaf.")
-    if not all(isinstance(name, str) for name in names_of(axis_name)):
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name or "",)
+    if not all(isinstance(name, str) for name in names):
         raise ValueError(f"axis_name is {axis_name!r}, but has to be the name of a mesh axis.")
     cuts_.check(cuts)
     if cuts and depth is None:

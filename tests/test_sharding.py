@@ -1,0 +1,575 @@
+"""Layers, and features, that devices split: the same results, and nothing sent but halos."""
+
+import collections
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+
+import depthsmooth as ds
+from benchmarks import hlo
+from depthsmooth import stencil
+
+LAYERS, STAGES = 8, 4
+VARIANTS = ["standard", "norm_preserving", "directional", "shrunk"]
+MODES = ["auto", "explicit", "manual"]
+RULES = ds.Depth.from_rules({"layers/kernel": 0, "layers/bias": 1})
+SPECS = {
+    "depth": {"kernel": jax.P("stage"), "bias": jax.P(None, "stage")},
+    "features": {"kernel": jax.P(None, None, "model"), "bias": jax.P("model")},
+    "both": {"kernel": jax.P("stage", None, "model"), "bias": jax.P("model", "stage")},
+    "features over both": {"kernel": jax.P(None, ("stage", "model")), "bias": jax.P("model")},
+}
+OPERATORS = {
+    "window": ds.window(0.3),
+    "schedule": ds.window(optax.linear_schedule(0.3, 0.1, 10)),
+    "ema, radius 7": ds.ema(0.5),
+    "exponential, radius 3": ds.exponential(0.5, 3),
+    "kernel": ds.from_kernel([0.1, 0.2, 0.5, 0.1, 0.1]),
+    "mean": ds.mean(0.4),
+    "shuffled": ds.shuffled(ds.window(0.3), 0),
+    "sharpen": ds.sharpen(0.3),
+}
+
+
+def tree(dtype="float32", layers=LAYERS):
+    rng = np.random.default_rng(0)
+    return {
+        "layers": {
+            "kernel": jnp.asarray(rng.normal(size=(layers, 8, 16)), dtype),
+            "bias": jnp.asarray(10 * rng.normal(size=(8, layers)), dtype),
+        },
+        "head": jnp.ones(4, dtype),
+    }
+
+
+def specs_of(spec):
+    return {"layers": SPECS[spec], "head": jax.P()}
+
+
+def make(variant, operator, **keywords):
+    if variant == "shrunk":
+        return ds.shrink_over_depth(operator, **keywords)
+    return ds.augment_over_depth(operator, variant=variant, **keywords)
+
+
+def a_mesh(mode, stages=STAGES):
+    kind = AxisType.Explicit if mode == "explicit" else AxisType.Auto
+    return jax.make_mesh((stages, 8 // stages), ("stage", "model"), axis_types=(kind, kind))
+
+
+def placed(whole, mesh, specs):
+    return jax.tree.map(
+        lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), whole, specs
+    )
+
+
+def compiled(update, whole, mode, specs, stages=STAGES, **shard_map):
+    """The update, compiled for devices that split the tree, and what it gives."""
+    mesh = a_mesh(mode, stages)
+    parts = placed(whole, mesh, specs)
+    if mode == "manual":
+        update = jax.shard_map(update, mesh=mesh, in_specs=(specs,), out_specs=specs, **shard_map)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, parts)
+    if mode == "explicit":
+        with jax.set_mesh(mesh):
+            program = jax.jit(update).lower(parts).compile()
+            return program, program(parts)
+    program = jax.jit(update, out_shardings=shardings).lower(parts).compile()
+    return program, program(parts)
+
+
+def depth_in(mode, whole, specs, stages=STAGES, rules=RULES):
+    """The Depth that an optimizer is given there, and the keywords."""
+    depth = rules.resolve(placed(whole, a_mesh(mode, stages), specs))
+    return {"depth": depth} | ({"axis_name": "stage"} if mode == "manual" else {})
+
+
+def updated(tx, updates):
+    return tx.update(updates, tx.init(updates))[0]
+
+
+def sent(program):
+    return sorted(hlo.collectives(program.as_text()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("norm_over", ["tensor", "block"])
+def test_every_sharding_gives_the_same(variant, spec, mode, norm_over):
+    if norm_over == "block" and (variant == "standard" or spec == "features"):
+        pytest.skip("norms over blocks make no difference here")
+    whole, specs = tree(), specs_of(spec)
+    keywords = depth_in(mode, whole, specs) | {"norm_over": norm_over}
+
+    def all_updates(keywords):
+        return lambda updates: {
+            name: updated(make(variant, operator, **keywords), updates)
+            for name, operator in OPERATORS.items()
+        }
+
+    expected = jax.jit(all_updates({"depth": RULES, "norm_over": norm_over}))(whole)
+
+    def fn(updates):
+        return list(all_updates(keywords)(updates).values())
+
+    mesh = a_mesh(mode)
+    parts = placed(whole, mesh, specs)
+    if mode == "manual":
+        out = [specs] * len(OPERATORS)
+        fn = jax.shard_map(fn, mesh=mesh, in_specs=(specs,), out_specs=out)
+    with jax.set_mesh(mesh):
+        results = jax.jit(fn)(parts)
+    for name, result in zip(OPERATORS, results, strict=True):
+        chex.assert_trees_all_close(
+            jax.device_get(result), jax.device_get(expected[name]), rtol=1e-6, atol=1e-5
+        )
+        if variant == "standard":
+            chex.assert_trees_all_equal(jax.device_get(result), jax.device_get(expected[name]))
+        if mode != "auto":
+            for leaf, part in zip(jax.tree.leaves(result), jax.tree.leaves(parts), strict=True):
+                assert leaf.sharding.is_equivalent_to(part.sharding, leaf.ndim)
+
+
+KERNEL, BIAS = 8 * 16, 8  # elements of one layer
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("spec", ["depth", "both"])
+@pytest.mark.parametrize("radius", [1, 2, 3])
+def test_what_is_sent_is_the_halo(mode, spec, radius):
+    """The radius in layers to each side."""
+    whole, specs = tree(), specs_of(spec)
+    tx = ds.augment_over_depth(ds.exponential(0.5, radius), **depth_in(mode, whole, specs))
+    program, _ = compiled(lambda updates: updated(tx, updates), whole, mode, specs)
+    per_shard = LAYERS // STAGES
+    hops = [min(per_shard, radius - k) for k in range(0, radius, per_shard)]
+    split = 1 if spec == "depth" else 2
+    expected = [
+        ("collective-permute", layers * elements // split * 4)
+        for layers in hops
+        for elements in (KERNEL, BIAS)
+        for _ in range(2)
+    ]
+    assert sent(program) == sorted(expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_halos_are_sent_in_the_type_that_they_have(variant):
+    """Read before compilation: compilers for CPU make float32 of all that is sent."""
+    whole, specs = tree("bfloat16"), specs_of("both")
+    tx = make(variant, ds.window(0.3), **depth_in("manual", whole, specs))
+    fn = jax.shard_map(
+        lambda updates: updated(tx, updates),
+        mesh=a_mesh("manual"),
+        in_specs=(specs,),
+        out_specs=specs,
+    )
+    text = jax.jit(fn).lower(whole).as_text()
+    types = re.findall(r"stablehlo.collective_permute.*-> tensor<(?:\d+x)*(\w+)>", text)
+    assert types == ["bf16"] * 4
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("spec", ["features", "features over both"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_nothing_is_sent_where_layers_are_together(mode, spec, operator):
+    whole, specs = tree(), specs_of(spec)
+    tx = ds.augment_over_depth(OPERATORS[operator], **depth_in(mode, whole, specs))
+    program, _ = compiled(lambda updates: updated(tx, updates), whole, mode, specs)
+    assert sent(program) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("spec", ["depth", "features", "both"])
+@pytest.mark.parametrize("variant", VARIANTS[1:])
+def test_norms_add_what_is_small(mode, spec, variant):
+    """Some numbers for each layer; and the halo is not sent again for them."""
+    whole, specs = tree(), specs_of(spec)
+    tx = make(variant, ds.window(0.3), **depth_in(mode, whole, specs))
+    program, _ = compiled(lambda updates: updated(tx, updates), whole, mode, specs)
+    everything = collections.Counter(sent(program))
+    split = 2 if spec == "both" else 1
+    halos = [("collective-permute", 4 * size // split) for size in (KERNEL, BIAS) for _ in "ab"]
+    once = collections.Counter([] if spec == "features" else halos)
+    assert everything >= once
+    # For two tensors, and norms before and after mixing, L numbers of 4 bytes.
+    numbers = 2 * 2 * 4 * LAYERS * (2 if variant == "directional" else 1)
+    assert sum(size for _, size in (everything - once).elements()) <= numbers
+    if spec == "depth" and mode != "manual" and variant != "directional":
+        assert everything == once
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_shards_of_dense_operators_go_round(mode):
+    """Each device gets every other shard once, and never has all of them."""
+    whole, specs = {"layers": {"kernel": tree(layers=32)["layers"]["kernel"]}}, {}
+    specs = {"layers": {"kernel": jax.P("stage")}}
+    rules = ds.Depth.from_rules({".*": 0})
+    tx = ds.augment_over_depth(ds.mean(0.4), **depth_in(mode, whole, specs, rules=rules))
+    program, result = compiled(lambda updates: updated(tx, updates), whole, mode, specs)
+    shard = 32 // STAGES * KERNEL * 4
+    assert sent(program) == [("collective-permute", shard)] * (2 * (STAGES - 1))
+    expected = updated(ds.augment_over_depth(ds.mean(0.4), depth=rules), whole)
+    chex.assert_trees_all_close(
+        jax.device_get(result), jax.device_get(expected), rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stages", [2, 8])
+@pytest.mark.parametrize("layout", ["axis 1", "dealt", "several axes", "reversed", "cuts"])
+@pytest.mark.parametrize("operator", ["window", "exponential, radius 3", "mean"])
+def test_layouts(mode, stages, layout, operator):
+    rng = np.random.default_rng(1)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), "float32")
+
+    whole, rules, spec = {
+        "axis 1": ({"a": normal(3, 8, 4)}, {"a": 1}, jax.P(None, "stage")),
+        "dealt": (
+            {f"a_{k}": normal(8, 4) for k in range(3)},
+            {"a.*": ds.interleaved(0)},
+            jax.P("stage"),
+        ),
+        "several axes": ({"a": normal(8, 3, 2)}, {"a": (0, 1)}, jax.P("stage")),
+        "reversed": ({"a": normal(8, 4)}, {"a": 0}, jax.P("stage")),
+        "cuts": ({"a": normal(16, 4)}, {"a": 0}, jax.P("stage")),
+    }[layout]
+    specs = dict.fromkeys(whole, spec)
+    depth = ds.Depth.from_rules(rules).resolve(whole)
+    if layout == "reversed":
+        [leaf] = depth.leaves
+        place = leaf.place.__class__("a", "a", (0,), tuple(range(7, -1, -1)), "trace")
+        depth = ds.Depth((ds.Leaf("a", (8, 4), place),))
+    cuts = {"cuts": (5, 9)} if layout == "cuts" else {}
+    one = OPERATORS[operator]
+    expected = updated(ds.augment_over_depth(one, depth=depth, **cuts), whole)
+    keywords = depth_in(mode, whole, specs, stages, depth)
+    assert {place.shards for place in keywords["depth"].values()} == {stages}
+    tx = ds.augment_over_depth(one, **keywords, **cuts)
+    program, result = compiled(lambda updates: updated(tx, updates), whole, mode, specs, stages)
+    chex.assert_trees_all_close(
+        jax.device_get(result), jax.device_get(expected), rtol=1e-6, atol=1e-6
+    )
+    assert {kind for kind, _ in sent(program)} == {"collective-permute"}
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_shards_at_random(data):
+    """One kernel of any offsets, over shards of any size, is the same in every bit."""
+    shards = data.draw(st.sampled_from([2, 4, 8]))
+    layers = shards * data.draw(st.integers(1, 4))
+    offsets = data.draw(
+        st.lists(st.integers(1 - layers, layers - 1), min_size=1, max_size=6, unique=True)
+    )
+    axis = data.draw(st.integers(0, 1))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    there = stencil.exists(tuple(offsets), layers)
+    operator = stencil.Stencil(tuple(offsets), rng.normal(size=there.shape) * there)
+    shape = (layers, 3) if axis == 0 else (3, layers)
+    updates = jnp.asarray(rng.normal(size=shape), "float32")
+
+    def mixed(updates, zero, **split):
+        return stencil.apply(operator, [updates], [(axis,)], [range(layers)], zero, **split)[0]
+
+    zero = jnp.asarray(0.0)
+    expected = jax.jit(mixed)(updates, zero)
+    views = jax.jit(functools.partial(mixed, shards=[shards]))
+    np.testing.assert_array_equal(views(updates, zero), expected)
+    spec = jax.P("stage") if axis == 0 else jax.P(None, "stage")
+    in_parts = jax.shard_map(
+        functools.partial(mixed, shards=[shards], axis_name="stage"),
+        mesh=jax.make_mesh((shards,), ("stage",), axis_types=(AxisType.Auto,)),
+        in_specs=(spec, jax.P()),
+        out_specs=spec,
+    )
+    np.testing.assert_array_equal(jax.jit(in_parts)(updates, zero), expected)
+
+
+def test_several_mesh_axes_may_split_the_layers():
+    whole, specs = {"a": tree()["layers"]["kernel"]}, {"a": jax.P(("stage", "model"))}
+    rules = ds.Depth.from_rules({"a": 0})
+    expected = updated(ds.smooth_over_depth(0.3, depth=rules), whole)
+    for mode in MODES:
+        keywords = depth_in(mode, whole, specs, rules=rules)
+        if mode == "manual":
+            keywords["axis_name"] = ("stage", "model")
+        tx = ds.smooth_over_depth(0.3, **keywords)
+        program, result = compiled(lambda updates, tx=tx: updated(tx, updates), whole, mode, specs)
+        chex.assert_trees_all_equal(jax.device_get(result), jax.device_get(expected))
+        assert sent(program) == [("collective-permute", 4 * KERNEL)] * 2
+
+
+def test_what_a_depth_knows_of_shards():
+    mesh = a_mesh("auto")
+    specs = specs_of("depth")
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    abstract = jax.eval_shape(jax.jit(tree, out_shardings=shardings))
+    parts = placed(tree(), mesh, specs)
+
+    def loss(params, x):
+        bias = params["layers"]["bias"].T
+
+        def layer(x, params):
+            kernel, bias = params
+            return jnp.tanh(x @ kernel @ kernel.T + bias), None
+
+        return jax.lax.scan(layer, x, (params["layers"]["kernel"], bias))[0].sum()
+
+    x = jax.ShapeDtypeStruct((2, 8), "float32")
+    deep = parts["layers"]["kernel"]
+    stack = jax.device_put(jnp.ones((LAYERS, 4)), NamedSharding(mesh, jax.P("stage")))
+    for made in (
+        RULES.resolve(parts),
+        RULES.resolve(abstract),
+        ds.trace_depth(loss, parts, x),
+        ds.trace_depth(loss, abstract, x),
+        ds.find_depth({"layers": {"norm": {"scale": stack}, "mlp": {"kernel": deep}}}),
+    ):
+        assert {place.shards for place in made.values()} == {STAGES}
+        assert ds.Depth.from_json(made.to_json()) == made
+    assert {place.shards for place in RULES.resolve(tree()).values()} == {1}
+    known = RULES.resolve(parts)
+    # Updates that are traced do not say how they are split: the Depth remembers.
+    seen = []
+    jax.jit(lambda updates: seen.append(known.resolve(updates)) or 0.0)(parts)
+    assert {place.shards for place in seen[0].values()} == {STAGES}
+    assert {place.shards for place in known.resolve(tree()).values()} == {1}
+
+
+def test_an_explicit_mesh_needs_no_depth_that_knows():
+    whole, specs = tree(), specs_of("depth")
+    tx = ds.smooth_over_depth(0.3, depth=RULES)
+    program, _ = compiled(lambda updates: updated(tx, updates), whole, "explicit", specs)
+    assert [kind for kind, _ in sent(program)] == ["collective-permute"] * 4
+
+
+def test_a_depth_that_knows_nothing_of_shards_gives_the_same():
+    whole, specs = tree(), specs_of("depth")
+    tx = ds.smooth_over_depth(0.3, depth=RULES.resolve(whole))
+    _, result = compiled(lambda updates: updated(tx, updates), whole, "auto", specs)
+    chex.assert_trees_all_equal(jax.device_get(result), jax.device_get(updated(tx, whole)))
+
+
+OPTIMIZERS = {
+    "sgd": lambda **keywords: ds.sgd(0.1, 0.9, **keywords),
+    "adamw": lambda **keywords: ds.adamw(0.1, **keywords),
+    "lion": lambda **keywords: ds.lion(0.1, **keywords),
+    "muon": lambda **keywords: ds.muon(0.1, **keywords),
+    "normuon": lambda **keywords: ds.normuon(0.1, **keywords),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_complete_optimizers(mode, name):
+    whole, specs = tree(), specs_of("depth")
+    keywords = depth_in(mode, whole, specs) | {"alpha": 0.3}
+
+    def step(tx):
+        def fn(updates):
+            state = tx.init(updates)
+            first, state = tx.update(updates, state, updates)
+            return tx.update(jax.tree.map(jnp.sin, updates), state, first)[0]
+
+        return fn
+
+    _, result = compiled(step(OPTIMIZERS[name](**keywords)), whole, mode, specs)
+    expected = step(OPTIMIZERS[name](**keywords | {"depth": RULES}))(whole)
+    chex.assert_trees_all_close(
+        jax.device_get(result), jax.device_get(expected), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_masks_of_parts():
+    whole, specs = tree(), specs_of("both")
+    depth = RULES.resolve(whole)
+    seen = []
+
+    def fn(updates):
+        seen.append((depth.decay_mask(updates), ds.muon_dimension_numbers(depth, updates)))
+        return updates
+
+    compiled(fn, whole, "manual", specs)
+    assert seen[0] == (depth.decay_mask(whole), ds.muon_dimension_numbers(depth, whole))
+
+
+def in_shard_map(fn, spec, **keywords):
+    return compiled(fn, tree(), "manual", specs_of(spec), **keywords)
+
+
+def test_refuses_parts_of_layers_without_the_name_of_their_axis():
+    tx = ds.smooth_over_depth(0.3, depth=RULES.resolve(tree()))
+    message = (
+        r"layers/bias \(8, 8\), of which shard_map .* 8 layers, is split into 4 parts, "
+        r"and axis_name is None.*by axis_name=.*'stage' \(4\), 'model' \(2\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        in_shard_map(lambda updates: updated(tx, updates), "depth")
+
+
+@pytest.mark.parametrize("name", ["model", "nothing", ("stage", "model")])
+def test_refuses_the_name_of_another_axis(name):
+    tx = ds.smooth_over_depth(0.3, depth=RULES.resolve(tree()), axis_name=name)
+    with pytest.raises(ValueError, match=r"is split into 4 parts, and axis_name is"):
+        in_shard_map(lambda updates: updated(tx, updates), "depth")
+
+
+@pytest.mark.parametrize("name", [3, ("stage", 0), 1.5])
+def test_refuses_what_is_no_name_of_an_axis(name):
+    with pytest.raises(ValueError, match=r"axis_name is .* has to be the name of a mesh axis"):
+        ds.smooth_over_depth(0.3, axis_name=name)
+
+
+@pytest.mark.parametrize("depth", [None, RULES])
+@pytest.mark.parametrize("spec", ["depth", "features"])
+@pytest.mark.parametrize("checked", [False, True])
+def test_refuses_to_find_depth_in_parts(depth, spec, checked):
+    tx = ds.smooth_over_depth(0.3, depth=depth, axis_name="stage")
+    with pytest.raises(ValueError, match=r"whether that is a part of the layers only the depth of"):
+        in_shard_map(lambda updates: updated(tx, updates), spec, check_vma=checked)
+
+
+def test_finds_depth_in_what_every_device_has():
+    tx = ds.smooth_over_depth(0.3, depth=RULES)
+    specs = jax.tree.map(lambda _: jax.P(), specs_of("depth"))
+    _, result = compiled(lambda updates: updated(tx, updates), tree(), "manual", specs)
+    chex.assert_trees_all_equal(jax.device_get(result), jax.device_get(updated(tx, tree())))
+
+
+@pytest.mark.parametrize("variant", VARIANTS[1:])
+def test_refuses_norms_of_parts_that_are_not_known(variant):
+    keywords = depth_in("manual", tree(), specs_of("both"))
+    tx = make(variant, ds.window(0.3), **keywords)
+    with pytest.raises(
+        ValueError, match=r"bias \(8, 8\) are split into 2 parts .* check_vma=False"
+    ):
+        in_shard_map(lambda updates: updated(tx, updates), "both", check_vma=False)
+    # Those of whole layers are known, and so is what has no norms.
+    in_shard_map(lambda updates: updated(tx, updates), "depth", check_vma=False)
+    standard = ds.smooth_over_depth(0.3, **keywords)
+    in_shard_map(lambda updates: updated(standard, updates), "both", check_vma=False)
+
+
+def test_norms_of_updates_that_differ_along_other_axes():
+    """Devices with whole layers have norms of their own; with parts it is not known whose."""
+    whole, spec = {"layers": {"kernel": tree()["layers"]["kernel"]}}, jax.P("stage")
+    rules = ds.Depth.from_rules({".*": 0})
+    specs = {"layers": {"kernel": spec}}
+    tx = make("norm_preserving", ds.window(0.3), **depth_in("manual", whole, specs, rules=rules))
+
+    def average(updates):
+        own = jax.tree.map(lambda leaf: leaf * (1.0 + jax.lax.axis_index("model")), updates)
+        return jax.tree.map(lambda leaf: jax.lax.pmean(leaf, "model"), updated(tx, own))
+
+    _, result = compiled(average, whole, "manual", specs)
+    alone = updated(make("norm_preserving", ds.window(0.3), depth=rules), whole)
+    chex.assert_trees_all_close(
+        jax.device_get(result), jax.tree.map(lambda leaf: 1.5 * np.asarray(leaf), alone), rtol=1e-5
+    )
+    mesh = jax.make_mesh((2, 2, 2), ("stage", "model", "data"), axis_types=(AxisType.Auto,) * 3)
+    spec = {"layers": {"kernel": jax.P("stage", "model")}}
+
+    def different(updates):
+        own = jax.tree.map(lambda leaf: leaf * (1.0 + jax.lax.axis_index("data")), updates)
+        return jax.tree.map(lambda leaf: jax.lax.pmean(leaf, "data"), updated(tx, own))
+
+    fn = jax.shard_map(different, mesh=mesh, in_specs=(spec,), out_specs=spec)
+    with pytest.raises(ValueError, match=r"differ along \('data', 'model'\), .* 4 devices"):
+        jax.jit(fn)(whole)
+
+
+@pytest.mark.parametrize("layers", [6, 7])
+def test_refuses_what_cannot_be_split(layers):
+    """By shards of different sizes, as JAX does itself."""
+    with pytest.raises(ValueError, match=r"divisible|evenly"):
+        compiled(lambda updates: updates, tree(layers=layers), "manual", specs_of("depth"))
+    depth = RULES.resolve(tree(layers=layers))
+    tx = ds.smooth_over_depth(0.3, depth=depth, axis_name="stage")
+    message = rf"bias \(8, 2\) does not have the {layers} layers on axis 1, or an even part"
+    message += rf"|bias \(8, {layers}\), .* is split into 3 parts, and axis_name is 'stage'"
+    with pytest.raises(ValueError, match=message):
+        in_shard_map(lambda updates: updated(tx, updates), "depth")
+
+
+def test_refuses_to_split_what_is_no_stack_by_itself():
+    whole = {"a_in": jnp.ones((8, 3)), "a_mid": jnp.ones(3), "a_out": jnp.ones((8, 3))}
+    rules = {"a_.*": ds.sequence(("a_in", 0), "a_mid", ("a_out", 0))}
+    depth = ds.Depth.from_rules(rules).resolve(whole)
+    specs = {"a_in": jax.P("stage"), "a_mid": jax.P(), "a_out": jax.P("stage")}
+    tx = ds.smooth_over_depth(0.3, depth=depth, axis_name="stage")
+    message = r"a_in \(8, 3\), .* is mixed with .* only those of one stack.*Use jax\.jit"
+    with pytest.raises(ValueError, match=message):
+        compiled(lambda updates: updated(tx, updates), whole, "manual", specs)
+    # In automatic mode it is the same as it is together.
+    auto = ds.smooth_over_depth(0.3, depth=depth.resolve(placed(whole, a_mesh("auto"), specs)))
+    _, result = compiled(lambda updates: updated(auto, updates), whole, "auto", specs)
+    chex.assert_trees_all_equal(jax.device_get(result), jax.device_get(updated(tx, whole)))
+
+
+def test_metrics_refuse_parts():
+    depth = RULES.resolve(tree())
+
+    def fn(updates):
+        ds.depth_metrics(updates, depth)
+        return updates
+
+    with pytest.raises(ValueError, match=r"split into 4 parts, and axis_name is None"):
+        in_shard_map(fn, "depth")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("mode", [None, *MODES])
+def test_a_step_is_exported_for_every_platform(platform, mode):
+    """Lowering needs no such device."""
+    whole, specs = tree(), specs_of("depth")
+    keywords = {"depth": RULES} if mode is None else depth_in(mode, whole, specs)
+    tx = ds.adamw(0.1, alpha=0.3, variant="norm_preserving", **keywords)
+
+    def step(params, grads):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    mesh = a_mesh(mode)
+    if mode is None:
+        parts = whole
+    else:
+        parts = placed(whole, mesh, specs)
+        if mode == "manual":
+            step = jax.shard_map(step, mesh=mesh, in_specs=(specs, specs), out_specs=specs)
+    with jax.set_mesh(mesh):
+        exported = jax.export.export(jax.jit(step), platforms=[platform])(parts, parts)
+        assert exported.platforms == (platform,)
+        if platform == "cpu":
+            chex.assert_trees_all_close(
+                jax.device_get(exported.call(parts, parts)),
+                jax.device_get(jax.jit(step)(parts, parts)),
+                rtol=1e-6,
+            )
+
+
+def test_the_halo_is_not_the_whole():
+    """The count of bytes that the tests rely on tells the difference."""
+    text = (
+        "%g = f32[8,4]{1,0} all-gather(f32[2,4]{1,0} %p), dimensions={0}\n"
+        "%r = (f32[8]{0}, f32[8]{0}) all-reduce(%a, %b)\n"
+        "%s = (bf16[1,4]{1,0}, bf16[1,4]{1,0}, u32[], u32[]) collective-permute-start(%c)\n"
+        "%d = bf16[1,4]{1,0} collective-permute-done(%s)\n"
+    )
+    assert hlo.collectives(text) == [
+        ("all-gather", 128),
+        ("all-reduce", 64),
+        ("collective-permute", 8),
+    ]
