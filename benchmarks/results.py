@@ -5,6 +5,7 @@ import os
 import pathlib
 import platform
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -21,3 +22,9 @@ def write(name: str, measured: Mapping[str, object]) -> None:
     scratch = DIRECTORY / f"{name}.json.part"
     scratch.write_text(json.dumps({**measured, **environment}, indent=1) + "\n")
     os.replace(scratch, DIRECTORY / f"{name}.json")
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """What was written last; None if nothing was."""
+    path = DIRECTORY / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None

@@ -107,7 +107,7 @@ def _totals(
     """The inner products of one tensor, by the mesh axes over which they are still to be summed."""
     parts: dict[tuple[str, ...], list[tuple[jax.Array, np.ndarray | jax.Array]]] = {}
     for k, (array, like) in enumerate(zip(ours.arrays, theirs.arrays, strict=True)):
-        product = _inner(array, like, ours.axes[k]).astype(dtype)
+        product = _inner(array, like, ours.axes[k], ours.shards[k], ours.axis_name).astype(dtype)
         axes = ours.summed_over(k)
         held: np.ndarray | jax.Array = np.array(ours.layers[k])
         if ours.axis_name is not None and ours.shards[k] > 1:
@@ -185,10 +185,14 @@ def ratio(one: jax.typing.ArrayLike, other: jax.Array) -> jax.Array:
 # Both are compiled by themselves, so that arrays that are alike are traced and lowered once.
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _inner(one: jax.Array, other: jax.Array, axes: Axes) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _inner(
+    one: jax.Array, other: jax.Array, axes: Axes, shards: int, axis_name: AxisName | None
+) -> jax.Array:
     """The inner products of the layers of two arrays, of shape ``(layers,)``."""
-    one, other = widened(one), widened(other)
+    # As they are when they are mixed: a compiler that sees another shape reads them once more.
+    ours, theirs = (Layers(array, axes, shards, axis_name).split() for array in (one, other))
+    one, other, axes = widened(ours.array), widened(theirs.array), ours.axes
     products = one.real * other.real
     if jnp.iscomplexobj(one):
         products = products + one.imag * other.imag

@@ -355,10 +355,11 @@ def _shift_and_add(
     axis_name: AxisName | None,
 ) -> list[jax.Array]:
     reads = _reads(neighbours, layers)
-    arrays = [Layers(*each, axis_name) for each in zip(updates, axes, shards, strict=True)]
+    whole = [Layers(*each, axis_name) for each in zip(updates, axes, shards, strict=True)]
+    arrays = [array.split() for array in whole]
     shifts = [array.shifts(halo) for array, halo in zip(arrays, halos, strict=True)]
     results = []
-    for array, ours, read in zip(arrays, layers, reads, strict=True):
+    for original, array, ours, read in zip(whole, arrays, layers, reads, strict=True):
         wide = widened(array.array)
         taps = []
         for row, places in zip(weights, read, strict=True):
@@ -367,7 +368,7 @@ def _shift_and_add(
             # Compilers round a product that meets a sum, or do not, as they like. A sum with a 0
             # that they do not see through rounds it always.
             taps.append(product + zero.astype(product.dtype))
-        results.append(functools.reduce(jnp.add, taps))
+        results.append(original.join(functools.reduce(jnp.add, taps)))
     return results
 
 
@@ -419,12 +420,10 @@ def _multiply_shards(
     reach: int,
 ) -> list[jax.Array]:
     """Each shard by its part of the matrix, and every other that is within reach, as it passes."""
-    shards = arrays[0].shards
-    like = Layers(merged[0], (0,), shards, arrays[0].axis_name)
-    sizes = [len(ours) // shards for ours in layers]
-    together = jnp.concatenate(
-        [Layers(array, (0,), shards, like.axis_name).split()[0] for array in merged], 1
-    )
+    shards, axis_name = arrays[0].shards, arrays[0].axis_name
+    split = [Layers(array, (0,), shards, axis_name).split() for array in merged]
+    sizes = [array.array.shape[1] for array in split]
+    together = jnp.concatenate([array.array for array in split], 1)
     order = np.concatenate([np.reshape(ours, (shards, -1)) for ours in layers], 1)
     total = jnp.zeros_like(together)
     for distance in range(1 - shards, shards):
@@ -434,8 +433,8 @@ def _multiply_shards(
         if (np.abs(order[:, :, None] - columns[:, None, :]).min((1, 2)) > reach)[exist].all():
             continue
         blocks = matrix[order[:, :, None], columns[:, None, :]]
-        blocks = like.of_shards(jnp.where(exist[:, None, None], blocks, 0))
-        passing = like.from_shard(together, distance, 0)
+        blocks = split[0].of_shards(jnp.where(exist[:, None, None], blocks, 0))
+        passing = split[0].from_shard(together, distance)
         total += _product(blocks, passing, "sij,sj...->si...")
     pieces = jnp.split(total, np.cumsum(sizes)[:-1], 1)
     return [piece.reshape(-1, *piece.shape[2:]) for piece in pieces]
@@ -510,23 +509,39 @@ class Layers:
         spread: jax.Array = values if axis is None else jax.reshard(values, jax.P(axis))
         return spread
 
+    def split(self) -> Layers:
+        """The array with an axis of shards before that of their layers, if there are any."""
+        if self.shards == 1:
+            return self
+        array, axis = (self.array, self.axes[0]) if len(self.axes) == 1 else (self.merged(), 0)
+        shards = 1 if self.is_shard else self.shards
+        shape = (*array.shape[:axis], shards, -1, *array.shape[axis + 1 :])
+        return Layers(array.reshape(shape), (axis, axis + 1), self.shards, self.axis_name)
+
+    def join(self, split: jax.Array) -> jax.Array:
+        """What has the shape of :meth:`split` in this one's shape."""
+        if self.shards == 1:
+            return split
+        if len(self.axes) == 1:
+            return split.reshape(self.array.shape)
+        return self.unmerge(split.reshape(-1, *split.shape[2:]))
+
     def shifts(self, halo: Halo) -> Shift:
-        """A function that puts layer ``i + offset`` in place i, and zeros where there is none."""
+        """A function that puts layer ``i + offset`` in place i, and zeros where there is none.
+
+        Args:
+          halo: of an array with an axis of shards.
+        """
         if self.shards == 1:
             return self._shift
-        split, axis = self.split()
-        parts = [part for part in (halo[0], split, halo[1]) if part is not None]
-        around = jnp.concatenate(parts, axis + 1)
-        before = 0 if halo[0] is None else halo[0].shape[axis + 1]
-        size = split.shape[axis + 1]
-
-        def shift(offset: int) -> jax.Array:
-            start = before + offset
-            shifted = jax.lax.slice_in_dim(around, start, start + size, axis=axis + 1)
-            joined = shifted.reshape(*split.shape[:axis], -1, *split.shape[axis + 2 :])
-            return joined if len(self.axes) == 1 else self.unmerge(joined)
-
-        return shift
+        axis = self.axes[1]
+        parts = [part for part in (halo[0], self.array, halo[1]) if part is not None]
+        around = jnp.concatenate(parts, axis)
+        before = 0 if halo[0] is None else halo[0].shape[axis]
+        size = self.array.shape[axis]
+        return lambda offset: jax.lax.slice_in_dim(
+            around, before + offset, before + offset + size, axis=axis
+        )
 
     def _shift(self, offset: int) -> jax.Array:
         if offset == 0:
@@ -535,42 +550,37 @@ class Layers:
             return _pad(self.array, offset, self.axes[0])
         return self.unmerge(_pad(self.merged(), offset, 0))
 
-    def split(self) -> tuple[jax.Array, int]:
-        """The array with an axis of shards, before that of their layers; and which it is."""
-        array, axis = (self.array, self.axes[0]) if len(self.axes) == 1 else (self.merged(), 0)
-        shards = 1 if self.is_shard else self.shards
-        return array.reshape(*array.shape[:axis], shards, -1, *array.shape[axis + 1 :]), axis
-
     def halo(self, offsets: Sequence[int]) -> Halo:
         """What shifts by these offsets read of other shards, with an axis of shards."""
         if self.shards == 1:
             return None, None
         before, after = -min([0, *offsets]), max([0, *offsets])
+        split = self.split()
         return (
-            self._beyond(-1, before) if before else None,
-            self._beyond(1, after) if after else None,
+            split.beyond(-1, before) if before else None,
+            split.beyond(1, after) if after else None,
         )
 
-    def _beyond(self, side: int, reach: int) -> jax.Array:
+    def beyond(self, side: int, reach: int) -> jax.Array:
         """The layers on one side of each shard, from nearer and farther ones."""
-        split, axis = self.split()
-        size = split.shape[axis + 1]
+        axis = self.axes[1]
+        size = self.array.shape[axis]
         pieces = []
         for distance in range(1, -(-reach // size) + 1):
             count = min(size, reach - (distance - 1) * size)
             start = 0 if side > 0 else size - count
-            piece = jax.lax.slice_in_dim(split, start, start + count, axis=axis + 1)
-            pieces.append(self.from_shard(piece, side * distance, axis))
-        return jnp.concatenate(pieces[::side], axis + 1)
+            piece = jax.lax.slice_in_dim(self.array, start, start + count, axis=axis)
+            pieces.append(self.from_shard(piece, side * distance))
+        return jnp.concatenate(pieces[::side], axis)
 
-    def from_shard(self, piece: jax.Array, distance: int, axis: int) -> jax.Array:
-        """What the shard at that distance has; zeros where there is none."""
+    def from_shard(self, piece: jax.Array, distance: int) -> jax.Array:
+        """What the shard at that distance has, of an array with an axis of shards; else zeros."""
         if distance == 0:
             return piece
         if abs(distance) >= self.shards:
             return jnp.zeros_like(piece)
         if not self.is_shard:
-            return _pad(piece, distance, axis)
+            return _pad(piece, distance, self.axes[0])
         senders = range(max(0, distance), min(self.shards, self.shards + distance))
         moved: jax.Array = jax.lax.ppermute(
             piece, self.axis_name, [(s, s - distance) for s in senders]

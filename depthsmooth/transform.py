@@ -448,10 +448,10 @@ class _Mixing:
         if self.operator.is_identity or self.operator.is_dense:
             return self, zero
         weights = [jnp.asarray(row) for row in self.operator.weights]
-        values = self.tensor.arrays, self.halos, weights, zero, after
-        arrays, halos, weights, zero, _ = jax.lax.optimization_barrier(values)
+        values = self.tensor.arrays, weights, zero, after
+        arrays, weights, zero, _ = jax.lax.optimization_barrier(values)
         operator = dataclasses.replace(self.operator, weights=weights)
-        return _Mixing(self.track, operator, self.tensor.of(arrays), halos), zero
+        return _Mixing(self.track, operator, self.tensor.of(arrays), self.halos), zero
 
     def mixed(self, zero: jax.Array, factors: jax.Array | None) -> Tensor:
         """What the operator makes of the tensor, each layer of which is first multiplied."""
