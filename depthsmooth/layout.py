@@ -103,6 +103,7 @@ class Track:
         inside = bool(manual_axes())
         if inside:
             self._check_shards(axis_name)
+        self._check_explicit(ours)
         return Tensor(
             ours,
             [place.axes for place in self.places],
@@ -113,20 +114,29 @@ class Track:
             list(map(str, self.leaves)),
         )
 
+    @property
+    def _takes_turns(self) -> bool:
+        """Whether it is one stack, or stacks alike to which layers are dealt in turn."""
+        if len(self.places) == 1:
+            [place] = self.places
+            return {b - a for a, b in itertools.pairwise(place.layers)} in ({1}, {-1})
+        steps = {b - a for place in self.places for a, b in itertools.pairwise(place.layers)}
+        starts = sorted(place.layers[0] for place in self.places)
+        return (
+            len({(place.axes, len(place.layers)) for place in self.places}) == 1
+            and starts == list(range(starts[0], starts[-1] + 1))
+            and steps == {len(starts)}
+        )
+
     def _check_shards(self, axis_name: AxisName | None) -> None:
-        """Raises unless the shards of its layers are found along the axis."""
+        """Raises, in shard_map, unless the shards of its layers are found along the axis."""
         shards = {place.shards for place in self.places}
         if shards == {1}:
             return
         leaf = next(leaf for leaf in self.leaves if leaf.place and leaf.place.shards > 1)
         [first, *_] = self.places
         split = f"{leaf}, of which shard_map gives each device a part of the {len(first.layers)} "
-        steps = {b - a for place in self.places for a, b in itertools.pairwise(place.layers)}
-        starts = sorted(place.layers[0] for place in self.places)
-        in_turn = len({(place.axes, len(place.layers)) for place in self.places}) == 1 and (
-            starts == list(range(starts[0], starts[-1] + 1)) and steps <= {len(starts)}
-        )
-        if not in_turn and not (len(starts) == 1 and steps == {-1}):
+        if not self._takes_turns:
             raise ValueError(
                 f"{split}layers, is mixed with {self.paths[-1]} in a way that exchanges more than "
                 "neighbouring layers: only those of one stack, or dealt to stacks in turn, can be "
@@ -138,6 +148,33 @@ class Track:
                 f"{split}layers, is split into {max(shards)} parts, and axis_name is "
                 f"{axis_name!r}. Say along which mesh axis the others are, by axis_name=...: one "
                 f"of {', '.join(f'{name!r} ({size_of(name)})' for name in manual_axes())}."
+            )
+
+    def _check_explicit(self, arrays: Sequence[jax.Array]) -> None:
+        """Raises unless its leaves can be mixed as they are laid out in an explicit mesh."""
+        specs = [tuple(jax.typeof(array).sharding.spec) for array in arrays]
+        if all(name is None for spec in specs for name in spec):
+            return
+        pairs = list(zip(specs, self.places, strict=True))
+        of_layer = {
+            tuple(name for axis, name in enumerate(spec) if axis not in place.axes)
+            for spec, place in pairs
+        }
+        of_depth = {tuple(spec[axis] for axis in place.axes) for spec, place in pairs}
+        is_split = any(name is not None for names in of_depth for name in names)
+        inner = [name for names in of_depth for name in names[1:] if name is not None]
+        alike = len(of_layer) == 1 and (
+            not is_split or (len(of_depth) == 1 and not inner and self._takes_turns)
+        )
+        if not alike:
+            layouts = [
+                f"{leaf} by {jax.P(*spec)}" for leaf, spec in zip(self.leaves, specs, strict=True)
+            ]
+            raise ValueError(
+                f"An explicit mesh splits {some(layouts, 4)}, which are mixed. There leaves that "
+                "are mixed have to be split alike, and layers along the outermost of their axes, "
+                "if they are of one stack or dealt to stacks in turn. Split other axes, or use a "
+                "mesh of AxisType.Auto."
             )
 
     @functools.cached_property

@@ -420,10 +420,10 @@ def _multiply_shards(
     reach: int,
 ) -> list[jax.Array]:
     """Each shard by its part of the matrix, and every other that is within reach, as it passes."""
-    shards, axis_name = arrays[0].shards, arrays[0].axis_name
-    split = [Layers(array, (0,), shards, axis_name).split() for array in merged]
-    sizes = [array.array.shape[1] for array in split]
-    together = jnp.concatenate([array.array for array in split], 1)
+    shards = arrays[0].shards
+    split = [Layers(array, (0,), shards, arrays[0].axis_name).split() for array in merged]
+    sizes = [array.array.shape[array.axes[-1]] for array in split]
+    together = jnp.concatenate([array.array for array in split], split[0].axes[-1])
     order = np.concatenate([np.reshape(ours, (shards, -1)) for ours in layers], 1)
     total = jnp.zeros_like(together)
     for distance in range(1 - shards, shards):
@@ -435,9 +435,12 @@ def _multiply_shards(
         blocks = matrix[order[:, :, None], columns[:, None, :]]
         blocks = split[0].of_shards(jnp.where(exist[:, None, None], blocks, 0))
         passing = split[0].from_shard(together, distance)
-        total += _product(blocks, passing, "sij,sj...->si...")
-    pieces = jnp.split(total, np.cumsum(sizes)[:-1], 1)
-    return [piece.reshape(-1, *piece.shape[2:]) for piece in pieces]
+        if arrays[0].is_shard:
+            total += _product(blocks[0], passing, "ij,j...->i...")
+        else:
+            total += _product(blocks, passing, "sij,sj...->si...")
+    pieces = jnp.split(total, np.cumsum(sizes)[:-1], split[0].axes[-1])
+    return [piece.reshape(array.shape) for piece, array in zip(pieces, merged, strict=True)]
 
 
 def _product(matrix: jax.Array, layers: jax.Array, subscripts: str) -> jax.Array:
@@ -510,13 +513,14 @@ class Layers:
         return spread
 
     def split(self) -> Layers:
-        """The array with an axis of shards before that of their layers, if there are any."""
+        """The array with its layers along one axis; with the shards, if it has all, before that."""
         if self.shards == 1:
             return self
         array, axis = (self.array, self.axes[0]) if len(self.axes) == 1 else (self.merged(), 0)
-        shards = 1 if self.is_shard else self.shards
-        shape = (*array.shape[:axis], shards, -1, *array.shape[axis + 1 :])
-        return Layers(array.reshape(shape), (axis, axis + 1), self.shards, self.axis_name)
+        if self.is_shard:
+            return Layers(array, (axis,), self.shards, self.axis_name)
+        shape = (*array.shape[:axis], self.shards, -1, *array.shape[axis + 1 :])
+        return Layers(array.reshape(shape), (axis, axis + 1), self.shards)
 
     def join(self, split: jax.Array) -> jax.Array:
         """What has the shape of :meth:`split` in this one's shape."""
@@ -524,17 +528,17 @@ class Layers:
             return split
         if len(self.axes) == 1:
             return split.reshape(self.array.shape)
-        return self.unmerge(split.reshape(-1, *split.shape[2:]))
+        return self.unmerge(split.reshape(-1, *split.shape[1 if self.is_shard else 2 :]))
 
     def shifts(self, halo: Halo) -> Shift:
         """A function that puts layer ``i + offset`` in place i, and zeros where there is none.
 
         Args:
-          halo: of an array with an axis of shards.
+          halo: that of a :meth:`split` array.
         """
         if self.shards == 1:
             return self._shift
-        axis = self.axes[1]
+        axis = self.axes[-1]
         parts = [part for part in (halo[0], self.array, halo[1]) if part is not None]
         around = jnp.concatenate(parts, axis)
         before = 0 if halo[0] is None else halo[0].shape[axis]
@@ -551,7 +555,7 @@ class Layers:
         return self.unmerge(_pad(self.merged(), offset, 0))
 
     def halo(self, offsets: Sequence[int]) -> Halo:
-        """What shifts by these offsets read of other shards, with an axis of shards."""
+        """What shifts by these offsets read of other shards, split like the array."""
         if self.shards == 1:
             return None, None
         before, after = -min([0, *offsets]), max([0, *offsets])
@@ -563,7 +567,7 @@ class Layers:
 
     def beyond(self, side: int, reach: int) -> jax.Array:
         """The layers on one side of each shard, from nearer and farther ones."""
-        axis = self.axes[1]
+        axis = self.axes[-1]
         size = self.array.shape[axis]
         pieces = []
         for distance in range(1, -(-reach // size) + 1):
@@ -574,7 +578,7 @@ class Layers:
         return jnp.concatenate(pieces[::side], axis)
 
     def from_shard(self, piece: jax.Array, distance: int) -> jax.Array:
-        """What the shard at that distance has, of an array with an axis of shards; else zeros."""
+        """What the shard at that distance has of a :meth:`split` array; zeros if there is none."""
         if distance == 0:
             return piece
         if abs(distance) >= self.shards:

@@ -6,6 +6,9 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 )
 
+# Where a compiler for other devices is installed, JAX would look for these.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import hypothesis
 import jax
 import pytest

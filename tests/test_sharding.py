@@ -104,10 +104,8 @@ def sent(program):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("norm_over", ["tensor", "block"])
-def test_every_sharding_gives_the_same(variant, spec, mode, norm_over):
-    if norm_over == "block" and (variant == "standard" or spec == "features"):
-        pytest.skip("norms over blocks make no difference here")
+def test_every_sharding_gives_the_same(variant, spec, mode):
+    norm_over = "block" if spec == "both" else "tensor"
     whole, specs = tree(), specs_of(spec)
     keywords = depth_in(mode, whole, specs) | {"norm_over": norm_over}
 
@@ -266,7 +264,7 @@ def test_layouts(mode, stages, layout, operator):
 
 
 @given(st.data())
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_shards_at_random(data):
     """One kernel of any offsets, over shards of any size, is the same in every bit."""
     shards = data.draw(st.sampled_from([2, 4, 8]))
@@ -517,6 +515,40 @@ def test_refuses_to_split_what_is_no_stack_by_itself():
     auto = ds.smooth_over_depth(0.3, depth=depth.resolve(placed(whole, a_mesh("auto"), specs)))
     _, result = compiled(lambda updates: updated(auto, updates), whole, "auto", specs)
     chex.assert_trees_all_equal(jax.device_get(result), jax.device_get(updated(tx, whole)))
+
+
+@pytest.mark.parametrize("kind", ["sequence", "inner axis", "dealt, not alike"])
+def test_layouts_that_an_explicit_mesh_cannot_have(kind):
+    """An automatic one can."""
+    stack = jnp.arange(32.0).reshape(8, 4)
+    whole, rules, specs = {
+        "sequence": (
+            {"a_in": stack, "a_mid": jnp.ones(4), "a_out": stack},
+            {"a_.*": ds.sequence(("a_in", 0), "a_mid", ("a_out", 0))},
+            {"a_in": jax.P("stage"), "a_mid": jax.P(), "a_out": jax.P("stage")},
+        ),
+        "inner axis": (
+            {"a": stack.reshape(2, 4, 4)},
+            {"a": (0, 1)},
+            {"a": jax.P(None, "stage")},
+        ),
+        "dealt, not alike": (
+            {"a_0": stack, "a_1": stack},
+            {"a_.*": ds.interleaved(0)},
+            {"a_0": jax.P("stage"), "a_1": jax.P(None, "model")},
+        ),
+    }[kind]
+    tx = ds.smooth_over_depth(0.3, depth=ds.Depth.from_rules(rules))
+    expected = jax.jit(lambda updates: updated(tx, updates))(whole)
+    _, result = compiled(lambda updates: updated(tx, updates), whole, "auto", specs)
+    chex.assert_trees_all_equal(jax.device_get(result), jax.device_get(expected))
+    message = r"An explicit mesh splits a\S* \(.*stage.*mesh of AxisType\.Auto"
+    with pytest.raises(ValueError, match=message):
+        compiled(lambda updates: updated(tx, updates), whole, "explicit", specs)
+    # Features may be split in any of these.
+    features = {name: jax.P(*[None] * (leaf.ndim - 1), "model") for name, leaf in whole.items()}
+    _, result = compiled(lambda updates: updated(tx, updates), whole, "explicit", features)
+    chex.assert_trees_all_equal(jax.device_get(result), jax.device_get(expected))
 
 
 def test_metrics_refuse_parts():

@@ -1,0 +1,85 @@
+"""What the benchmarks rely on: files written whole, like compared with like alone."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import hlo, results, speed
+
+
+def test_refuses_to_compare_different_devices(tmp_path):
+    one, two, other = (tmp_path / f"{name}.json" for name in ("one", "two", "other"))
+    one.write_text(json.dumps({"device": "1 × cpu: a", "rows": [{"ms": [2.0, 4.0]}]}))
+    two.write_text(json.dumps({"device": "1 × cpu: a", "rows": [{"ms": [1.0, 6.0]}]}))
+    other.write_text(json.dumps({"device": "8 × tpu: b", "rows": [{"ms": [1.0, 6.0]}]}))
+
+    def compared(*paths):
+        command = [sys.executable, "-m", "benchmarks.results", *map(str, paths)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    same = compared(one, two)
+    assert same.returncode == 0
+    assert same.stdout.split() == ["0.500", "rows/0/ms/0", "1.500", "rows/0/ms/1"]
+    for paths in [(one, other), (one, tmp_path / "missing.json")]:
+        refused = compared(*paths)
+        assert refused.returncode == 1
+        assert "cannot be compared" in refused.stderr
+        assert "Traceback" not in refused.stderr
+    assert "one was measured on 1 × cpu: a, the other on 8 × tpu: b" in compared(one, other).stderr
+
+
+def test_a_result_says_what_it_was_measured_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "DIRECTORY", tmp_path)
+    results.write("some", {"ms": 1.0})
+    assert results.read("some")["device"] == results.device()
+    assert results.read("another") is None
+    with pytest.raises(TypeError):
+        results.write("some", {"ms": object()})
+    assert results.read("some")["ms"] == 1.0
+
+
+def test_kept_results_say_what_they_were_measured_on():
+    for path in results.DIRECTORY.glob("*.json"):
+        assert json.loads(path.read_text())["device"]
+
+
+def test_kernels_are_what_runs():
+    text = """HloModule m
+%fused (a: f32[4]) -> f32[4] {
+  ROOT %x = f32[4]{0} add(%a, %a)
+}
+ENTRY %main (p: f32[4], q: bf16[8,2]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %q = bf16[8,2]{1,0} parameter(1)
+  %c = f32[] constant(0)
+  %fusion.1 = (f32[4]{0}, bf16[8,2]{1,0}) fusion(%p, %q, %c), kind=kLoop, calls=%fused
+  %g = f32[4]{0} get-tuple-element(%fusion.1), index=0
+  ROOT %copy.2 = f32[4]{0} copy(%g)
+}
+"""
+    both = 16 + 32
+    assert hlo.kernels(text) == [("fusion", 2 * both + 4), ("copy", 32)]
+
+
+@pytest.mark.parametrize(
+    ("part", "layers", "width"), [("stencil", 3, 8), ("optimizer", 2, 8), ("training", 2, 8)]
+)
+def test_speed_measures_and_draws(part, layers, width):
+    row = {"part": part, "layers": layers, "width": width}
+    row |= speed.PARTS[part][0](layers, width, 3)
+    assert row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1]
+    assert all(ms > 0 for ms in row["ms"])
+    figure = speed.plot([{**row, "width": 64}], "some device")
+    [line] = [line for ax in figure.axes for line in ax.containers]
+    assert line[0].get_xydata().tolist() == [[layers, row["ratio"]]]
+    assert "some device" in figure._suptitle.get_text()
+    speed.plt.close(figure)
+    assert speed.table([row]).row_count == 1
+
+
+def test_training_has_the_proportion_of_nanochat():
+    _, params, tokens = speed.model_of(8, 64)
+    count = sum(leaf.size for leaf in speed.jax.tree.leaves(params))
+    assert tokens.size / count == pytest.approx(524_288 / 1.38e9, rel=0.2)
