@@ -34,6 +34,7 @@ INPUTS = 16384  # so that a layer's part on one chip is too large to be fetched 
 INPUTS_OF_MUON = 2048  # which needs far more memory
 RULES = ds.Depth.from_rules({"layers/.*": 0})
 VARIANTS = ("standard", "norm_preserving", "directional")
+ALONE = ("scale", *VARIANTS, "shrunk")
 
 Tree = Mapping[str, Any]
 Row = dict[str, Any]
@@ -43,6 +44,7 @@ LAYOUTS = {
     "split, auto": (STAGES, AxisType.Auto),
     "split, explicit": (STAGES, AxisType.Explicit),
     "split, manual": (STAGES, AxisType.Auto),
+    "split, not told": (STAGES, AxisType.Auto),
 }
 """Over how many chips the layers are split, and how; features are split over the rest."""
 
@@ -105,6 +107,8 @@ class Chips:
 
     def keywords(self, params: Tree) -> dict[str, Any]:
         """What an optimizer is told of depth."""
+        if self._layout == "split, not told":
+            return {"depth": RULES}
         name = {"axis_name": "stage"} if self._layout == "split, manual" else {}
         return {"depth": RULES.resolve(params), **name}
 
@@ -191,15 +195,18 @@ def optimizer_cost(target: str, layout: str, dtype: str, name: str, variant: str
 
 def cases(target: str) -> list[tuple[str, ...]]:
     """Target, layout, dtype, step and variant of every figure."""
+    steps = {
+        "together": {"stencil": ALONE, **dict.fromkeys(OPTIMIZERS, ("plain", *VARIANTS))},
+        "split, auto": {"stencil": ALONE, "adamw": ("plain", *VARIANTS)},
+        "split, explicit": {"stencil": ALONE},
+        "split, manual": {"stencil": ALONE},
+        "split, not told": {"stencil": ("standard",)},
+    }
     return [
         (target, layout, dtype, step, variant)
         for dtype in ("float32", "bfloat16")
         for layout in LAYOUTS
-        for step, variants in {
-            "stencil": ("scale", *VARIANTS, "shrunk"),
-            **(dict.fromkeys(OPTIMIZERS, ("plain", *VARIANTS)) if "," not in layout else {}),
-            **({"adamw": ("plain", *VARIANTS)} if layout == "split, auto" else {}),
-        }.items()
+        for step, variants in steps[layout].items()
         for variant in variants
     ]
 

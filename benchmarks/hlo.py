@@ -64,10 +64,17 @@ class Kernel(NamedTuple):
 def kernels(text: str) -> list[Kernel]:
     r"""What runs one after another: instructions of the entry that are more than names.
 
+    Of what a kernel only takes slices of, these alone count.
+
     Example:
       >>> kernels("ENTRY %main {\n  %p = f32[4] parameter(0)\n  ROOT %m = f32[4] fusion(%p)\n}")
       [Kernel(op='fusion', moved=32)]
     """
+    programs = {
+        header.group(1): block.splitlines()
+        for block in re.split(r"\n}", text)
+        if (header := re.search(r"^(?:ENTRY )?%?([\w.-]+) .*\{$", block, re.M))
+    }
     entry = text[text.index("ENTRY") :]
     sizes: dict[str, int] = {}
     found = []
@@ -75,13 +82,47 @@ def kernels(text: str) -> list[Kernel]:
         match = _KERNEL.match(line)
         if match is None:
             continue
-        sizes[match["name"]] = sum(_sizes(match["type"]))
+        size = sizes[match["name"]] = sum(_sizes(match["type"]))
         if match["op"] in _NO_KERNELS or match["op"].endswith("-done"):
             continue
         operands = re.findall(r"%([\w.-]+)", match["in"].split("), ")[0])
-        moved = sizes[match["name"]] + sum(sizes.get(name, 0) for name in operands)
-        found.append(Kernel(match["op"], moved))
+        read = [sizes.get(name, 0) for name in operands]
+        called = re.search(r"calls=%?([\w.-]+)", line)
+        if called and called[1] in programs:
+            slices = _slices(programs[called[1]])
+            read = [slices.get(k, whole) for k, whole in enumerate(read)]
+        elif "slice" in match["op"]:
+            read = [size]
+        elif match["op"].endswith("-start"):
+            read = []  # what is read is part of the result, beside what is written
+        found.append(Kernel(match["op"], size + sum(read)))
     return found
+
+
+def _slices(program: list[str]) -> dict[int, int]:
+    """What is taken, in bytes, of the parameters of which only slices are used."""
+    lines = [match for line in program if (match := _KERNEL.match(line))]
+
+    def taken(name: str) -> int | None:
+        """How much of a value is used; None if all of it is."""
+        uses = re.compile(rf"%{re.escape(name)}(?![\w.-])")
+        total = 0
+        for user in [line for line in lines if uses.search(line["in"])]:
+            if user["op"] in ("slice", "dynamic-slice"):
+                part: int | None = sum(_sizes(user["type"]))
+            else:
+                part = taken(user["name"]) if user["op"] == "bitcast" else None
+            if part is None:
+                return None
+            total += part
+        return total or None
+
+    parameters = {
+        int(line["in"].split(")")[0]): taken(line["name"])
+        for line in lines
+        if line["op"] == "parameter"
+    }
+    return {index: part for index, part in parameters.items() if part is not None}
 
 
 def _sizes(shapes: str) -> Iterator[int]:

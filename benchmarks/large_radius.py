@@ -16,13 +16,14 @@ import numpy as np
 
 from benchmarks import results
 from depthsmooth import stencil
+from depthsmooth.layers import Axes
 
 ROUNDS = 7
 ELEMENTS = 12_000_000
 LAYERS = (12, 24, 96)
 RADII = (1, 2, 3, 4, 6, 8, 16, 1000)
 
-Layout = tuple[list[jax.Array], list[stencil.Axes], list[range]]
+Layout = tuple[list[jax.Array], list[Axes], list[range]]
 
 
 def layouts(layers: int) -> dict[str, Layout]:

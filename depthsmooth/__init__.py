@@ -2,7 +2,7 @@
 
 from depthsmooth.alias import adamw, lion, muon, normuon, sgd
 from depthsmooth.finding import AmbiguousDepthError, find_depth
-from depthsmooth.layout import Depth, DepthNotFoundError, Leaf, Track
+from depthsmooth.layout import Depth, DepthNotFoundError
 from depthsmooth.metrics import DepthMetrics, depth_metrics
 from depthsmooth.operators import (
     compose,
@@ -22,6 +22,7 @@ from depthsmooth.places import Place
 from depthsmooth.rules import Rule, interleaved, numbered, sequence
 from depthsmooth.scope import projections
 from depthsmooth.tracing import trace_depth
+from depthsmooth.track import Leaf, Track
 from depthsmooth.transform import (
     SmoothOverDepthState,
     augment_over_depth,

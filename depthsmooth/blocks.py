@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from depthsmooth.layers import Axes, Layers, some_of, widened
 from depthsmooth.mesh import AxisName, names_of, size_of, varying_axes
-from depthsmooth.stencil import Axes, Layers, some_of, widened
 
 
 @dataclasses.dataclass(frozen=True)

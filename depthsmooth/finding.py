@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 import jax
 import optax
 
-from depthsmooth.layout import Depth, DepthNotFoundError, Leaf, check_mixable
+from depthsmooth.layers import Axes
+from depthsmooth.layout import Depth, DepthNotFoundError, check_mixable
 from depthsmooth.mesh import manual_axes, varying_axes
 from depthsmooth.places import (
     Place,
@@ -41,7 +42,7 @@ from depthsmooth.siblings import (
     is_layer_name,
     nesting_of,
 )
-from depthsmooth.stencil import Axes
+from depthsmooth.track import Leaf
 
 
 class AmbiguousDepthError(ValueError):

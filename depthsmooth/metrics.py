@@ -9,9 +9,10 @@ import numpy as np
 import optax
 
 from depthsmooth.blocks import Tensor, inner, norms, ratio
-from depthsmooth.layout import Depth, Track, Where
+from depthsmooth.layout import Depth, Where
 from depthsmooth.places import leaves_of
 from depthsmooth.stencil import Stencil, apply, exists, join
+from depthsmooth.track import Track
 
 
 class DepthMetrics(NamedTuple):

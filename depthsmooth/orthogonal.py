@@ -11,9 +11,9 @@ import optax
 
 from depthsmooth.blocks import ratio
 from depthsmooth.finding import depth_of
+from depthsmooth.layers import narrowed, widened
 from depthsmooth.layout import Depth
 from depthsmooth.places import Place
-from depthsmooth.stencil import narrowed, widened
 
 Mask: TypeAlias = optax.Params | Callable[[optax.Params], optax.Params]
 DimensionNumbers: TypeAlias = optax.Params | Callable[[optax.Params], optax.Params]

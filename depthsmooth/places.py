@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from depthsmooth.layers import Axes
 from depthsmooth.mesh import shards_along
-from depthsmooth.stencil import Axes
 
 KeyPath = tuple[Hashable, ...]
 Shape = tuple[int, ...]

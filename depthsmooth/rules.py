@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from depthsmooth.layers import Axes
 from depthsmooth.places import Place, Shape, named, numbered_key, some, stacked
-from depthsmooth.stencil import Axes
 
 
 @dataclasses.dataclass(frozen=True)

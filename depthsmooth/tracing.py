@@ -20,7 +20,8 @@ import optax
 from depthsmooth.axes import Origin, Span, spans_of
 from depthsmooth.composition import Composition
 from depthsmooth.counters import Loop
-from depthsmooth.layout import Depth, DepthNotFoundError, Leaf
+from depthsmooth.layers import Axes
+from depthsmooth.layout import Depth, DepthNotFoundError
 from depthsmooth.places import Place, Shape, common_path, leaves_of, shape_of
 from depthsmooth.siblings import (
     Family,
@@ -33,7 +34,7 @@ from depthsmooth.siblings import (
     holds_layers,
     is_layer_name,
 )
-from depthsmooth.stencil import Axes
+from depthsmooth.track import Leaf
 from depthsmooth.walk import Piece, Taken, Walk
 
 if TYPE_CHECKING:

@@ -15,10 +15,12 @@ from depthsmooth import stencil
 from depthsmooth.blocks import Block, Tensor, everywhere, factors_of, norms, ratio, scaled
 from depthsmooth.cuts import Cuts
 from depthsmooth.finding import depth_of
-from depthsmooth.layout import Depth, Track, Where
+from depthsmooth.layers import Halo, narrowed
+from depthsmooth.layout import Depth, Where
 from depthsmooth.mesh import AxisName
 from depthsmooth.operators import Operator, check_operator, window
 from depthsmooth.places import is_masked, leaves_of, nodes_of
+from depthsmooth.track import Track
 
 Variant = Literal["standard", "norm_preserving", "directional"]
 NormOver = Literal["tensor", "block"]
@@ -409,7 +411,7 @@ def _augmented(
         return [mixing.tensor for mixing in at_hand], mix
 
     results = {
-        path: stencil.narrowed(array, original)
+        path: narrowed(array, original)
         for track, before, after in zip(bundle, block, variant(read), strict=True)
         for path, array, original in zip(track.paths, after.arrays, before.arrays, strict=True)
     }
@@ -423,7 +425,7 @@ class _Mixing:
     track: Track
     operator: stencil.Stencil
     tensor: Tensor
-    halos: Sequence[stencil.Halo]
+    halos: Sequence[Halo]
 
     @classmethod
     def of(cls, track: Track, operator: stencil.Stencil, tensor: Tensor) -> _Mixing:

@@ -63,6 +63,32 @@ ENTRY %main (p: f32[4], q: bf16[8,2]) -> f32[4] {
     assert hlo.kernels(text) == [("fusion", 2 * both + 4), ("copy", 32)]
 
 
+def test_of_what_is_sliced_the_slices_count():
+    text = """HloModule m
+%fused (a: f32[8,4], b: f32[8,4]) -> (f32[1,4], f32[8,4]) {
+  %a = f32[8,4]{1,0} parameter(0)
+  %b = f32[8,4]{1,0} parameter(1)
+  %v = f32[2,4,4]{2,1,0} bitcast(%a)
+  %s = f32[1,1,4]{2,1,0} slice(%v), slice={[0:1], [0:1], [0:4]}
+  %x = f32[8,4]{1,0} negate(%b)
+  %y = f32[1,4]{1,0} slice(%b), slice={[0:1], [0:4]}
+  ROOT %t = (f32[1,1,4]{2,1,0}, f32[8,4]{1,0}) tuple(%s, %x)
+}
+ENTRY %main (p: f32[8,4], q: f32[8,4]) -> f32[1,1,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %q = f32[8,4]{1,0} parameter(1)
+  %f = (f32[1,1,4]{2,1,0}, f32[8,4]{1,0}) fusion(%p, %q), kind=kLoop, calls=%fused
+  %g = f32[1,1,4]{2,1,0} get-tuple-element(%f), index=0
+  %c = (f32[1,1,4]{2,1,0}, f32[1,1,4]{2,1,0}) collective-permute-start(%g), channel_id=1
+  ROOT %d = f32[1,1,4]{2,1,0} collective-permute-done(%c)
+}
+"""
+    layer, whole = 16, 128
+    expected = [("fusion", 2 * layer + 2 * whole), ("collective-permute-start", 2 * layer)]
+    assert hlo.kernels(text) == expected
+    assert hlo.collectives(text) == [("collective-permute", layer)]
+
+
 @pytest.mark.parametrize(
     ("part", "layers", "width"), [("stencil", 3, 8), ("optimizer", 2, 8), ("training", 2, 8)]
 )
