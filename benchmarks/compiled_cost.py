@@ -239,6 +239,38 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def markdown(result: Mapping[str, Any]) -> str:
+    """What is moved in float32, for the documentation."""
+    named = {
+        "a product with a number": ("together", "stencil", "scale"),
+        "smoothing": ("together", "stencil", "standard"),
+        '… with `variant="norm_preserving"`': ("together", "stencil", "norm_preserving"),
+        '… with `variant="directional"`': ("together", "stencil", "directional"),
+        "`ds.shrink_over_depth`": ("together", "stencil", "shrunk"),
+        "SGD with momentum": ("together", "sgd", "plain"),
+        "… smoothed": ("together", "sgd", "standard"),
+        "AdamW": ("together", "adamw", "plain"),
+        "… smoothed ": ("together", "adamw", "standard"),
+        '… `variant="norm_preserving"`': ("together", "adamw", "norm_preserving"),
+        "smoothing layers that are split, automatic mode": ("split, auto", "stencil", "standard"),
+        "… explicit mode": ("split, explicit", "stencil", "standard"),
+        "… in `shard_map`": ("split, manual", "stencil", "standard"),
+        "… by a `Depth` that does not know": ("split, not told", "stencil", "standard"),
+    }
+    columns = []
+    for about in result["targets"].values():
+        moved = {
+            (row["layout"], row["step"], row["variant"]): row["moved"]
+            for row in about["rows"]
+            if row["dtype"] == "float32"
+        }
+        columns.append([f"{moved[case]:.2f}" for case in named.values()])
+    titles = ["| |", *(f" {name} |" for name in result["targets"])]
+    lines = ["".join(titles), "|---|" + "---:|" * len(columns)]
+    rows = zip(named, *columns, strict=True)
+    return "\n".join(lines + [f"| {' | '.join(map(str.strip, row))} |" for row in rows])
+
+
 def main() -> None:
     """Compiles, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -130,7 +130,7 @@ class Depth(Mapping[str, Place]):
                     places[leaf.path] = _checked(leaf, leaf.place, arrays)
             rules_.check_tensors("the Depth", places, shapes)
             if manual_axes():
-                shapes |= {leaf.path: leaf.shape for leaf in self.leaves if leaf.path in places}
+                shapes |= {leaf.path: leaf.shape for leaf in self.leaves if leaf.path in arrays}
         copies = collections.Counter(path for path, _ in present)
         for path, array in present:
             if path in places:
@@ -435,6 +435,8 @@ class Depth(Mapping[str, Place]):
         for (group, found_by), leaves in groups.items():
             axes = sorted({leaf.place.axes for leaf in leaves if leaf.place is not None})
             column = ", ".join(dict.fromkeys(map(_axes_column, axes)))
+            shards = max(leaf.place.shards for leaf in leaves if leaf.place is not None)
+            column += f", in {shards} shards" if shards > 1 else ""
             rows.append((group, str(self.groups[group]), column, *_size(leaves), found_by))
         if not alone:
             return _table(rows)

@@ -9,7 +9,9 @@ import numpy as np
 import optax
 
 from depthsmooth.blocks import Tensor, inner, norms, ratio
+from depthsmooth.finding import depth_of
 from depthsmooth.layout import Depth, Where
+from depthsmooth.mesh import AxisName
 from depthsmooth.places import leaves_of
 from depthsmooth.stencil import Stencil, apply, exists, join
 from depthsmooth.track import Track
@@ -30,7 +32,11 @@ class DepthMetrics(NamedTuple):
 
 
 def depth_metrics(
-    updates: optax.Updates, depth: Depth, *, where: Where | None = None
+    updates: optax.Updates,
+    depth: Depth,
+    *,
+    where: Where | None = None,
+    axis_name: AxisName | None = None,
 ) -> dict[str, DepthMetrics]:
     r"""How alike the updates of neighbouring layers are, for each depth group.
 
@@ -47,12 +53,14 @@ def depth_metrics(
       updates: updates, gradients or parameters.
       depth: where the layers are.
       where: which of the leaves that ``depth`` places count.
+      axis_name: in ``jax.shard_map``, the mesh axis that layers are split over. Every device
+        gets the metrics of all.
 
     Returns:
       From the name of each group to its metrics, in float32 at least.
 
     Raises:
-      ValueError: if a leaf does not fit its place.
+      ValueError: if ``depth`` is none, or a leaf does not fit its place.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,14 +73,19 @@ def depth_metrics(
       The replication's ``_block_update_metrics``:
       https://github.com/supergitty520/fe-e-transformer-research.
     """
-    places = depth.resolve(updates) if where is None else depth.select(where, updates)
+    if not isinstance(depth, Depth):
+        raise ValueError(
+            f"depth is a {type(depth).__name__}, but has to be a Depth: the updates come first."
+        )
+    places = depth_of(updates, depth)
+    places = places if where is None else places.select(where, updates)
     leaves = dict(leaves_of(updates)[0])
     groups: dict[str, list[Track]] = {}
     for track in places.tracks:
         groups.setdefault(track.group, []).append(track)
     metrics = {}
     for group, tracks in groups.items():
-        block = [track.tensor(leaves) for track in tracks]
+        block = [track.tensor(leaves, axis_name) for track in tracks]
         steps = [_along(-1, tensor, track) for tensor, track in zip(block, tracks, strict=True)]
         nexts = [_along(0, tensor, track) for tensor, track in zip(block, tracks, strict=True)]
         present = [{k for place in track.places for k in place.layers} for track in tracks]

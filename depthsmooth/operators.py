@@ -518,10 +518,10 @@ class _Number:
         self._low, self._high, self._below = low, high, below
         if not callable(value):
             self._checked(value)
-        elif not _takes(value, 0):
+        elif _makes_operators(value) or not _takes(value, 0):
             raise ValueError(
-                f"{name} is {value!r}, which is no schedule: those are called with the step alone. "
-                "An operator goes to augment_over_depth(operator, ...)."
+                f"{name} is {_name(value)}, which is no schedule: those are called with the step "
+                "alone. An operator goes to augment_over_depth(operator, ...)."
             )
 
     def __call__(self, count: jax.typing.ArrayLike) -> float | jax.Array:
@@ -569,11 +569,23 @@ def _product(left: Array, right: Array) -> Array:
 
 def check_operator(operator: object) -> None:
     """Raises unless it could be an operator."""
-    if not _takes(operator, 2, 0):
+    if _makes_operators(operator) or not _takes(operator, 2, 0):
         raise ValueError(
-            f"{operator!r} is no operator: those are what functions like window(0.1) and ema(0.5) "
-            "give, or are called as operator(layers, count). compose(one, two) makes one of two."
+            f"{_name(operator)} is no operator: those are what functions like window(0.1) and "
+            "ema(0.5) give when they are called, or are called as operator(layers, count). "
+            "compose(one, two) makes one of two."
         )
+
+
+def _makes_operators(function: object) -> bool:
+    """Whether it is one of these functions itself, which somebody forgot to call."""
+    path = f"{__name__}.{getattr(function, '__qualname__', '')}"
+    return getattr(function, "__module__", "") == __name__ and "<locals>" not in path
+
+
+def _name(value: object) -> str:
+    """A function's name, without its address; what else it is."""
+    return str(getattr(value, "__qualname__", None) or repr(value)).replace(".<locals>", "")
 
 
 def _takes(function: object, *arguments: object) -> bool:

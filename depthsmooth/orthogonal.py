@@ -115,6 +115,7 @@ def muon_over_depth(
             numbers = numbers(tree)
         elif numbers is None:
             numbers = muon_dimension_numbers(found, tree)
+        _check_whole(found, tree, _of_leaves(numbers, tree))
         if of_muon.get("adaptive"):
             _check_alone(found, tree, _of_leaves(numbers, tree))
         # A learning rate of -1 leaves the steps as they are: positive.
@@ -201,6 +202,30 @@ def scale_by_neuron(
 
 def _axes(axes: int | Sequence[int]) -> tuple[int, ...]:
     return (axes,) if isinstance(axes, int) else tuple(axes)
+
+
+def _check_whole(depth: Depth, tree: optax.Params, numbers: optax.Params) -> None:
+    """Raises if a device has a part of a matrix alone, as in shard_map, or a type says so."""
+    whole = {leaf.path: leaf.shape for leaf in depth.leaves}
+    leaves = depth.map(lambda path, leaf, _: (path, leaf), tree)
+
+    def check(one: optax.contrib.MuonDimensionNumbers | None, at: tuple[str, jax.Array]) -> None:
+        if one is None:
+            return
+        path, leaf = at
+        axes = _axes(one.reduction_axis) + _axes(one.output_axis)
+        spec = jax.typeof(leaf).sharding.spec if hasattr(leaf, "dtype") else ()
+        by_type = [axis for axis in axes if spec and spec[axis] is not None]
+        in_parts = [axis for axis in axes if leaf.shape[axis] != whole[path][axis]]
+        if by_type or in_parts:
+            how = "an explicit mesh" if by_type else "shard_map"
+            raise ValueError(
+                f"{path} {whole[path]} is a matrix in each layer, which {how} splits along axis "
+                f"{(by_type or in_parts)[0]}, but Muon needs whole matrices. Split layers alone "
+                "there, or use jax.jit with shardings and AxisType.Auto."
+            )
+
+    jax.tree.map(check, numbers, leaves, is_leaf=_is_one)
 
 
 def _check_alone(depth: Depth, tree: optax.Params, numbers: optax.Params) -> None:

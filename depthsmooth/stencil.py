@@ -380,8 +380,7 @@ def _multiply(
         Layers(*each, axis_name) for each in zip(map(widened, updates), axes, shards, strict=True)
     ]
     merged = [array.merged() for array in arrays]
-    [count] = {array.shards for array in arrays} if len(set(shards)) == 1 else {1}
-    if count > 1:
+    if shards[0] > 1 and len(set(shards)) == 1:
         mixed = _multiply_shards(arrays, merged, matrix, layers, reach)
     else:
         mixed = _multiply_runs(merged, matrix, layers, runs)

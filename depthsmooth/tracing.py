@@ -22,6 +22,7 @@ from depthsmooth.composition import Composition
 from depthsmooth.counters import Loop
 from depthsmooth.layers import Axes
 from depthsmooth.layout import Depth, DepthNotFoundError
+from depthsmooth.mesh import manual_axes
 from depthsmooth.places import Place, Shape, common_path, leaves_of, shape_of
 from depthsmooth.siblings import (
     Family,
@@ -86,6 +87,11 @@ def trace_depth(
             f"trace_depth takes the function first, then params, but {type(fn).__name__} can't be "
             "called."
         )
+    if manual_axes():
+        raise ValueError(
+            "trace_depth is called in shard_map, where arrays are parts of others. Call it "
+            "outside, with the whole ones, or with jax.ShapeDtypeStruct."
+        )
     leaves, treedef = jax.tree_util.tree_flatten(params)
     paths = [path for path, _ in leaves_of(params)[0]]
     for path, leaf in zip(paths, leaves, strict=True):
@@ -147,6 +153,7 @@ def _jaxpr_of(
     kwargs: dict[str, object],
 ) -> core.Jaxpr:
     """The jaxpr of ``fn(leaves, *args, **kwargs)``; its first inputs are the leaves."""
+    leaves, (args, kwargs) = jax.tree.map(_unsplit, (leaves, (args, kwargs)))
     values, treedef = jax.tree_util.tree_flatten((args, kwargs))
     is_array = [hasattr(value, "shape") and hasattr(value, "dtype") for value in values]
     traced = {i: value for i, value in enumerate(values) if is_array[i]}
@@ -159,6 +166,17 @@ def _jaxpr_of(
     with jax.disable_jit(False):  # with it, a scan would be unrolled
         jaxpr: core.Jaxpr = jax.make_jaxpr(of_arrays)(leaves, traced).jaxpr
     return jaxpr
+
+
+def _unsplit(leaf: object) -> object:
+    """An array by its shape and dtype alone: how devices split it changes no depth.
+
+    In an explicit mesh it could not even be scanned over.
+    """
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return leaf
+    weak = bool(getattr(leaf, "weak_type", False))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak)
 
 
 class _Stack(NamedTuple):

@@ -112,6 +112,8 @@ def smooth_over_depth(
       Meng, Sugolov, Papyan, `Gradient Smoothing
       <https://arxiv.org/abs/2606.30813>`_, 2026 (Algorithm 1).
     """
+    if isinstance(alpha, Depth):
+        raise ValueError("alpha is a Depth: give that by its name, depth=....")
     return augment_over_depth(
         window(alpha),
         depth=depth,
@@ -296,7 +298,10 @@ def _over_depth(
         raise ValueError(f"where is {where!r}, but has to be a function of a path and a leaf.")
     names = axis_name if isinstance(axis_name, tuple) else (axis_name or "",)
     if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"axis_name is {axis_name!r}, but has to be the name of a mesh axis.")
+        raise ValueError(
+            f"axis_name is {axis_name!r}, but has to be the name of a mesh axis, or a tuple of "
+            "names."
+        )
     cuts_.check(cuts)
     if cuts and depth is None:
         raise ValueError(

@@ -15,7 +15,7 @@ import depthsmooth as ds
 from depthsmooth import muon_dimension_numbers
 
 DEPTH = ds.Depth.from_rules({"layers/.*": 0})
-OURS = ("alpha", "depth", "where", "variant", "norm_over", "cuts")
+OURS = ("alpha", "depth", "where", "variant", "norm_over", "cuts", "axis_name")
 OPTIMIZERS = {
     "sgd": (ds.sgd, optax.sgd, {"learning_rate": 0.1}),
     "momentum": (ds.sgd, optax.sgd, {"learning_rate": 0.1, "momentum": 0.9, "nesterov": True}),

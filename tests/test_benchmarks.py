@@ -1,12 +1,13 @@
 """What the benchmarks rely on: files written whole, like compared with like alone."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from benchmarks import hlo, results, speed
+from benchmarks import compiled_cost, hlo, results, speed
 
 
 def test_refuses_to_compare_different_devices(tmp_path):
@@ -109,3 +110,8 @@ def test_training_has_the_proportion_of_nanochat():
     _, params, tokens = speed.model_of(8, 64)
     count = sum(leaf.size for leaf in speed.jax.tree.leaves(params))
     assert tokens.size / count == pytest.approx(524_288 / 1.38e9, rel=0.2)
+
+
+def test_the_table_in_the_documentation_is_what_was_compiled():
+    page = pathlib.Path(__file__).parents[1] / "docs" / "sharding.md"
+    assert compiled_cost.markdown(results.read("compiled_cost")) in page.read_text()

@@ -201,6 +201,12 @@ def test_a_traced_operator_mixes_as_its_matrix_says(jit):
         (lambda: ds.diffusion(-1.0), r"time is -1\.0, .* 0 <= time\."),
         (lambda: ds.mean(-0.1), r"weight is -0\.1"),
         (lambda: ds.ema(lambda count: 2.0)(3, 0), r"rho is 2\.0"),
+        (lambda: ds.window(ds.ema), r"alpha is ema, which is no schedule"),
+        (
+            lambda: ds.compose(ds.window(0.1), ds.ema),
+            r"^ema is no operator: .* when they are called",
+        ),
+        (lambda: ds.shuffled(ds.from_kernel, 1), r"^from_kernel is no operator"),
         (lambda: ds.compose(ds.window(0.1), 0.5), r"0\.5 is no operator"),
         (lambda: ds.shuffled(0.5, 1), r"0\.5 is no operator"),
         (lambda: ds.shuffled(ds.window(0.1), -1), r"seed is -1, .* whole number"),

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import pathlib
 import re
 
 import chex
@@ -551,15 +552,60 @@ def test_layouts_that_an_explicit_mesh_cannot_have(kind):
     chex.assert_trees_all_equal(jax.device_get(result), jax.device_get(expected))
 
 
-def test_metrics_refuse_parts():
+@pytest.mark.parametrize("spec", ["depth", "features", "both"])
+def test_metrics_of_parts(spec):
     depth = RULES.resolve(tree())
 
-    def fn(updates):
-        ds.depth_metrics(updates, depth)
-        return updates
+    def measured(updates):
+        return ds.depth_metrics(updates, depth, axis_name="stage")
 
-    with pytest.raises(ValueError, match=r"split into 4 parts, and axis_name is None"):
-        in_shard_map(fn, "depth")
+    specs = specs_of(spec)
+    parallel = jax.shard_map(measured, mesh=a_mesh("manual"), in_specs=(specs,), out_specs=jax.P())
+    chex.assert_trees_all_close(
+        jax.jit(parallel)(tree()), ds.depth_metrics(tree(), depth), rtol=1e-5
+    )
+    if spec != "features":
+        with pytest.raises(ValueError, match=r"split into 4 parts, and axis_name is None"):
+            in_shard_map(lambda updates: ds.depth_metrics(updates, depth) and updates, spec)
+
+
+@pytest.mark.parametrize("mode", ["explicit", "manual"])
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+def test_muon_refuses_parts_of_matrices(mode, name):
+    """Orthogonal parts are no part of what is orthogonal."""
+    whole, specs = tree(), specs_of("both")
+    tx = OPTIMIZERS[name](**depth_in(mode, whole, specs))
+    how = "shard_map" if mode == "manual" else "an explicit mesh"
+    message = (
+        rf"layers/kernel \(8, 8, 16\) is a matrix in each layer, which {how} splits along axis 2"
+    )
+    with pytest.raises(ValueError, match=message):
+        compiled(
+            lambda updates: tx.update(updates, tx.init(updates), updates)[0], whole, mode, specs
+        )
+
+
+def test_depth_is_traced_of_whole_arrays():
+    """In an explicit mesh JAX does not scan over what is split; in shard_map are parts."""
+    specs, mesh = {"kernel": jax.P("stage")}, a_mesh("explicit")
+
+    def loss(params, x):
+        return jax.lax.scan(lambda x, k: (jnp.tanh(x @ k), None), x, params["kernel"])[0].sum()
+
+    params = placed({"kernel": jnp.ones((8, 4, 4))}, mesh, specs)
+    x = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, jax.P("stage")))
+    with jax.set_mesh(mesh):
+        depth = ds.trace_depth(loss, params, x)
+    assert depth["kernel"].shards == STAGES
+    assert "0, in 4 shards" in str(depth)
+    fn = jax.shard_map(
+        lambda params: ds.trace_depth(loss, params, jnp.ones((2, 4))) and params,
+        mesh=a_mesh("manual"),
+        in_specs=(specs,),
+        out_specs=specs,
+    )
+    with pytest.raises(ValueError, match=r"trace_depth is called in shard_map"):
+        jax.jit(fn)({"kernel": jnp.ones((8, 4, 4))})
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
@@ -590,6 +636,40 @@ def test_a_step_is_exported_for_every_platform(platform, mode):
                 jax.device_get(jax.jit(step)(parts, parts)),
                 rtol=1e-6,
             )
+
+
+def test_the_page_on_sharding(capsys):
+    """Its code, line by line, from the parameters to three steps that one device makes alike."""
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "sharding.md").read_text()
+    before, manual = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    [table] = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+
+    def init(key):
+        kernel, head = (jax.random.normal(key, shape) / 8 for shape in ((8, 8, 8), (8, 8)))
+        return {"layers": {"kernel": kernel}, "head": head}
+
+    def loss(params, x):
+        layer = lambda x, kernel: (x + jnp.tanh(x @ kernel), None)  # noqa: E731
+        return (
+            (jax.lax.scan(layer, x, params["layers"]["kernel"])[0] @ params["head"]) ** 2
+        ).mean()
+
+    batch = jax.random.normal(jax.random.key(1), (4, 8))
+    names = {"jax": jax, "ds": ds, "optax": optax, "functools": functools}
+    names |= {"init": init, "loss": loss, "batch": batch}
+    exec(before, names)
+    assert capsys.readouterr().out == table
+    exec(manual, names)
+    params, state = names["params"], names["state"]
+    alone = init(jax.random.key(0))
+    plain = ds.adamw(3e-4, depth=ds.trace_depth(loss, alone, batch))
+    state_alone = plain.init(alone)
+    for _ in range(3):
+        grads = jax.device_put(jax.grad(loss)(params, batch), names["shardings"])
+        params, state = names["update"](params, state, grads)
+        updates, state_alone = plain.update(jax.grad(loss)(alone, batch), state_alone, alone)
+        alone = optax.apply_updates(alone, updates)
+    chex.assert_trees_all_close(jax.device_get(params), jax.device_get(alone), rtol=1e-4, atol=1e-6)
 
 
 def test_the_halo_is_not_the_whole():
