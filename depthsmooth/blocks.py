@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthsmooth.layers import Axes, Layers, some_of, widened
-from depthsmooth.mesh import AxisName, names_of, size_of, varying_axes
+from depthsmooth.mesh import AxisName, names_of, rank_along, resharded, size_of, varying_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _totals(
         held: np.ndarray | jax.Array = np.array(ours.layers[k])
         if ours.axis_name is not None and ours.shards[k] > 1:
             shards = jnp.asarray(held.reshape(ours.shards[k], -1))
-            held = shards[jax.lax.axis_index(ours.axis_name)]
+            held = shards[rank_along(ours.axis_name)]
             axes = (*axes, *names_of(ours.axis_name))
         parts.setdefault(axes, []).append((product, held))
     totals = {}
@@ -162,10 +162,7 @@ def factors_of(factors: jax.Array, layers: Sequence[int]) -> jax.Array:
 def everywhere(values: jax.Array) -> jax.Array:
     """What an explicit mesh has split, on every device."""
     spec = jax.typeof(values).sharding.spec
-    if all(axis is None for axis in spec):
-        return values
-    whole: jax.Array = jax.reshard(values, jax.P())
-    return whole
+    return values if all(axis is None for axis in spec) else resharded(values, values, jax.P())
 
 
 def norms(block: Block) -> jax.Array:

@@ -18,8 +18,7 @@ import jax
 import optax
 
 from depthsmooth.layers import Axes
-from depthsmooth.layout import Depth, DepthNotFoundError, check_mixable
-from depthsmooth.mesh import manual_axes, varying_axes
+from depthsmooth.layout import Depth, DepthNotFoundError, check_mixable, check_whole
 from depthsmooth.places import (
     Place,
     is_mixable,
@@ -121,6 +120,7 @@ def find_depth(params: optax.Params, *, metadata: bool = True, known: Depth | No
             f"known is a {type(known).__name__}, but has to be a Depth, like "
             "Depth.from_rules({pattern: rule})."
         )
+    check_whole(leaves_of(params)[0])
     arrays = _leaves_with_names(params, metadata)
     leaves = [Known(path, shape_of(array), names) for path, array, names in arrays]
     said = Depth() if known is None else known.resolve(params)
@@ -163,20 +163,7 @@ def find_depth(params: optax.Params, *, metadata: bool = True, known: Depth | No
 
 
 def depth_of(tree: optax.Params, depth: Depth | None) -> Depth:
-    """The Depth of a tree that an optimizer was given: ``depth``, or else what can be found.
-
-    Raises:
-      ValueError: in ``jax.shard_map``, if ``depth`` cannot tell parts of arrays from the whole.
-    """
-    if manual_axes() and (depth is None or depth.rules):
-        for path, leaf in leaves_of(tree)[0]:
-            axes = varying_axes(leaf)
-            if axes is None or axes:
-                raise ValueError(
-                    f"{path} {shape_of(leaf)} is what shard_map gives one device, and whether that "
-                    "is a part of the layers only the depth of the whole arrays tells: give it, by "
-                    "depth=find_depth(params), trace_depth(...) or rules.resolve(params)."
-                )
+    """The Depth of a tree that an optimizer was given: ``depth``, or else what can be found."""
     return find_depth(tree, metadata=False) if depth is None else depth.resolve(tree)
 
 

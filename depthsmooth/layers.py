@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from depthsmooth.mesh import AxisName
+from depthsmooth.mesh import AxisName, moved_along, rank_along, resharded
 
 Axes = tuple[int, ...]
 """The axes of a leaf that run over its layers, outer to inner; none for a leaf of one layer."""
@@ -68,15 +68,20 @@ class Layers:
             cast = self.of_shards(cast.reshape(self.shards, -1))
         return self.unmerge(cast.reshape(-1, *ones))
 
+    def only(self, which: np.ndarray, array: jax.Array) -> jax.Array:
+        """An array like this one with zeros in all but some of its layers."""
+        if which.all():
+            return array
+        return jnp.where(self.over_layers(which, jnp.int8) != 0, array, 0)
+
     def of_shards(self, values: jax.Array) -> jax.Array:
         """What is there for each shard, of shape (shards, ...): the part that devices have."""
-        if self.is_shard:
-            index = jax.lax.axis_index(self.axis_name)
+        if self.is_shard and self.axis_name is not None:
+            index = rank_along(self.axis_name)
             own: jax.Array = jax.lax.dynamic_index_in_dim(values, index, keepdims=True)
             return own
         axis = jax.typeof(self.array).sharding.spec[self.axes[0]]
-        spread: jax.Array = values if axis is None else jax.reshard(values, jax.P(axis))
-        return spread
+        return values if axis is None else resharded(values, self.array, jax.P(axis))
 
     def split(self) -> Layers:
         """The array with its layers along one axis; with the shards, if it has all, before that."""
@@ -149,13 +154,9 @@ class Layers:
             return piece
         if abs(distance) >= self.shards:
             return jnp.zeros_like(piece)
-        if not self.is_shard:
+        if self.axis_name is None:
             return pad(piece, distance, self.axes[0])
-        senders = range(max(0, distance), min(self.shards, self.shards + distance))
-        moved: jax.Array = jax.lax.ppermute(
-            piece, self.axis_name, [(s, s - distance) for s in senders]
-        )
-        return moved
+        return moved_along(self.axis_name, piece, distance)
 
 
 def pad(array: jax.Array, offset: int, axis: int) -> jax.Array:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from depthsmooth import rules as rules_
-from depthsmooth.mesh import manual_axes
+from depthsmooth.mesh import manual_axes, varying_axes
 from depthsmooth.places import (
     Place,
     hides,
@@ -120,6 +120,7 @@ class Depth(Mapping[str, Place]):
         arrays = dict(present)
         reasons = {leaf.path: leaf.reason for leaf in self.leaves}
         if self.rules:
+            check_whole(present)
             matched = rules_.match(dict(self.rules), shapes, masked)
             places = {path: place.on_devices_of(arrays[path]) for path, place in matched.items()}
         else:
@@ -232,7 +233,11 @@ class Depth(Mapping[str, Place]):
           left alone: norm/scale (3, 4)
         """
         depth = self.resolve(tree)
-        arrays = dict(leaves_of(tree)[0])
+        arrays: dict[str, Any] = dict(leaves_of(tree)[0])
+        if manual_axes():  # where it is not to depend on how arrays are split
+            whole = {leaf.path: leaf.shape for leaf in depth.leaves}
+            for path, array in arrays.items():
+                arrays[path] = jax.ShapeDtypeStruct(whole[path], array.dtype)
         selected = {path: where(path, arrays[path]) for path in depth}
         for path, answer in selected.items():
             if not isinstance(answer, bool | np.bool_):
@@ -451,7 +456,9 @@ def _check_place(leaf: Leaf) -> None:
     """Raises unless the leaf has the axes and the layers that its place says."""
     if leaf.place is None:
         return
-    axes, layers = leaf.place.axes, leaf.place.layers
+    axes, layers, shards = leaf.place.axes, leaf.place.layers, leaf.place.shards
+    if shards < 1 or (leaf.shape[axes[0]] if axes else 1) % shards:
+        raise ValueError(f"{leaf} can't have its layers in {shards} shards")
     fits = len(set(axes)) == len(axes) and all(0 <= axis < len(leaf.shape) for axis in axes)
     if not fits or stacked(leaf.shape, axes) != len(layers) or min(layers, default=-1) < 0:
         raise ValueError(f"{leaf} can't have the layers {layers} on {_axes_name(axes)}")
@@ -475,7 +482,8 @@ def _checked(leaf: Leaf, place: Place, arrays: Mapping[str, jax.Array]) -> Place
             outer = place.axes[0]
             shards = max(leaf.shape[outer] // max(shape[outer], 1), 1)
             if stacked(shape, place.axes) * shards == layers:
-                return dataclasses.replace(place, shards=shards)
+                own = dataclasses.replace(place, shards=shards)
+                return own if shards > 1 else own.on_devices_of(array)
         elif stacked(shape, place.axes) == layers:
             return place.on_devices_of(array)
     count = f"{layers} layers on {_axes_name(place.axes)}" if place.axes else "one layer"
@@ -485,6 +493,19 @@ def _checked(leaf: Leaf, place: Place, arrays: Mapping[str, jax.Array]) -> Place
         f"{place.found_by} in {leaf.shape}. Make the Depth from the same tree that the "
         "optimizer is given."
     )
+
+
+def check_whole(leaves: Sequence[tuple[str, jax.Array]]) -> None:
+    """Raises in shard_map, where leaves may be parts of what they look like."""
+    for path, leaf in leaves if manual_axes() else []:
+        axes = varying_axes(leaf) if isinstance(leaf, jax.core.Tracer) else frozenset()
+        if axes is None or axes:
+            raise ValueError(
+                f"{path} {shape_of(leaf)} is what shard_map gives one device, and whether that is "
+                "a part of the layers only the depth of the whole arrays tells: give it, by "
+                "depth=find_depth(params), trace_depth(...) or rules.resolve(params), called "
+                "outside."
+            )
 
 
 def check_mixable(path: str, leaf: jax.Array, copies: int) -> None:

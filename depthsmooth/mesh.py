@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 AxisName = str | tuple[str, ...]
 """A mesh axis, or several that split the same axis of an array, outer to inner."""
@@ -23,16 +25,18 @@ def shards_along(leaf: object, axis: int) -> int | None:
       >>> shards_along(jax.ShapeDtypeStruct((6, 4), "float32", sharding=sharding), 0)
       1
     """
-    if isinstance(leaf, jax.core.Tracer):
-        sharding = jax.typeof(leaf).sharding
-        known = sharding.spec[axis] is not None
-    else:
-        sharding = getattr(leaf, "sharding", None)
-        known = sharding is not None
-    if not known:
+    traced = isinstance(leaf, jax.core.Tracer)
+    sharding = jax.typeof(leaf).sharding if traced else getattr(leaf, "sharding", None)
+    if sharding is None:
         return None
     shape = tuple(getattr(leaf, "shape", ()))
-    return int(shape[axis] // sharding.shard_shape(shape)[axis])
+    if not isinstance(sharding, jax.NamedSharding):
+        return int(shape[axis] // sharding.shard_shape(shape)[axis])
+    names = sharding.spec[axis] if axis < len(sharding.spec) else None
+    if names is None or names is jax.P.UNCONSTRAINED:
+        return None if traced else 1
+    parts = math.prod(sharding.mesh.shape[name] for name in names_of(names))
+    return parts if shape[axis] % parts == 0 else None
 
 
 def manual_axes() -> tuple[str, ...]:
@@ -44,6 +48,37 @@ def size_of(axes: AxisName | Iterable[str]) -> int:
     """The number of devices along mesh axes."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes[name] for name in names_of(axes))
+
+
+def rank_along(axes: AxisName) -> jax.Array:
+    """Which of the parts that mesh axes split an array into this device has, outer to inner."""
+    rank = jnp.zeros((), jnp.int32)
+    for name in names_of(axes):
+        rank = rank * size_of(name) + jax.lax.axis_index(name)
+    return rank
+
+
+def moved_along(axes: AxisName, array: jax.Array, distance: int) -> jax.Array:
+    """What the device has that is so far ahead in rank; zeros where there is none."""
+    names = names_of(axes)
+    in_mesh = [name for name in jax.sharding.get_abstract_mesh().axis_names if name in names]
+    ranks = np.arange(size_of(names)).reshape([size_of(name) for name in names])
+    # JAX counts devices along several axes in the order of the mesh.
+    counted = np.argsort(ranks.transpose([names.index(name) for name in in_mesh]).reshape(-1))
+    pairs = [
+        (int(counted[rank + distance]), int(counted[rank]))
+        for rank in range(ranks.size)
+        if 0 <= rank + distance < ranks.size
+    ]
+    moved: jax.Array = jax.lax.ppermute(array, tuple(in_mesh), pairs)
+    return moved
+
+
+def resharded(array: jax.Array, like: jax.Array, spec: jax.P) -> jax.Array:
+    """The array, laid out by ``spec`` in the explicit mesh that another one is in."""
+    sharding = jax.NamedSharding(jax.typeof(like).sharding.mesh, spec)
+    other: jax.Array = jax.reshard(array, sharding)
+    return other
 
 
 def names_of(axes: AxisName | Iterable[str] | None) -> tuple[str, ...]:

@@ -381,7 +381,7 @@ def _multiply(
     ]
     merged = [array.merged() for array in arrays]
     if shards[0] > 1 and len(set(shards)) == 1:
-        mixed = _multiply_shards(arrays, merged, matrix, layers, reach)
+        mixed = _multiply_shards(arrays, merged, matrix, layers, runs, reach)
     else:
         mixed = _multiply_runs(merged, matrix, layers, runs)
     return [array.unmerge(piece) for array, piece in zip(arrays, mixed, strict=True)]
@@ -409,30 +409,44 @@ def _multiply_shards(
     merged: Sequence[jax.Array],
     matrix: jax.Array,
     layers: Sequence[Sequence[int]],
+    runs: Sequence[int],
     reach: int,
 ) -> list[jax.Array]:
     """Each shard by its part of the matrix, and every other that is within reach, as it passes."""
-    shards = arrays[0].shards
-    split = [Layers(array, (0,), shards, arrays[0].axis_name).split() for array in merged]
-    sizes = [array.array.shape[array.axes[-1]] for array in split]
-    together = jnp.concatenate([array.array for array in split], split[0].axes[-1])
+    shards, axis_name = arrays[0].shards, arrays[0].axis_name
+    split = [Layers(array, (0,), shards, axis_name).split() for array in merged]
+    axis = split[0].axes[-1]
+    parts = jnp.concatenate([array.array for array in split], axis)
+    together = Layers(parts, split[0].axes, shards, axis_name)
     order = np.concatenate([np.reshape(ours, (shards, -1)) for ours in layers], 1)
-    total = jnp.zeros_like(together)
+    run_of = np.repeat(np.arange(len(runs)), runs)
+    total = jnp.zeros_like(parts)
     for distance in range(1 - shards, shards):
         others = np.arange(shards) + distance
         exist = (others >= 0) & (others < shards)
-        columns = order[np.where(exist, others, 0)]
-        if (np.abs(order[:, :, None] - columns[:, None, :]).min((1, 2)) > reach)[exist].all():
+        written, read = order, order[np.where(exist, others, 0)]
+        rows, columns = written[:, :, None], read[:, None, :]
+        near = exist[:, None, None] & (np.abs(rows - columns) <= reach)
+        near &= run_of[rows] == run_of[columns]
+        if not near.any():
             continue
-        blocks = matrix[order[:, :, None], columns[:, None, :]]
-        blocks = split[0].of_shards(jnp.where(exist[:, None, None], blocks, 0))
-        passing = split[0].from_shard(together, distance)
-        if arrays[0].is_shard:
-            total += _product(blocks[0], passing, "ij,j...->i...")
-        else:
-            total += _product(blocks, passing, "sij,sj...->si...")
-    pieces = jnp.split(total, np.cumsum(sizes)[:-1], split[0].axes[-1])
+        passing = together.from_shard(parts, distance)
+        for run in np.unique(np.broadcast_to(run_of[rows], near.shape)[near]):
+            in_run = near & (run_of[rows] == run)
+            blocks = together.of_shards(jnp.where(in_run, matrix[rows, columns], 0))
+            # What another run has may be NaN, which a weight of 0 does not keep out.
+            here = _product_of_shards(together, blocks, together.only(run_of[read] == run, passing))
+            total += together.only(run_of[written] == run, here)
+    sizes = [array.array.shape[axis] for array in split]
+    pieces = jnp.split(total, np.cumsum(sizes)[:-1], axis)
     return [piece.reshape(array.shape) for piece, array in zip(pieces, merged, strict=True)]
+
+
+def _product_of_shards(like: Layers, blocks: jax.Array, layers: jax.Array) -> jax.Array:
+    """The product of the part that this device has, or of all parts."""
+    if like.is_shard:
+        return _product(blocks[0], layers, "ij,j...->i...")
+    return _product(blocks, layers, "sij,sj...->si...")
 
 
 def _product(matrix: jax.Array, layers: jax.Array, subscripts: str) -> jax.Array:
@@ -485,8 +499,9 @@ def _gather(
             inside = exists((offset,), len(places))[0]
             if (exist == inside).all():
                 return shifted
-            mask = like.over_layers(exist.astype(np.int8)) != 0
-            return jnp.where(mask, shifted, zeros)
+            return like.only(exist, shifted)
+    if any(array.is_shard for array in arrays):
+        raise ValueError("Layers that shard_map splits have to be of one stack, or dealt in turn.")
     merged = {j: arrays[j].merged().astype(zeros.dtype) for j in {j for j, _ in found}}
     nothing = jnp.zeros(next(iter(merged.values())).shape[1:], zeros.dtype)
     layers = [nothing if place is None else merged[place[0]][place[1]] for place in places]

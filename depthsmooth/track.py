@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from depthsmooth.blocks import Tensor
-from depthsmooth.mesh import AxisName, manual_axes, names_of, size_of
+from depthsmooth.mesh import AxisName, manual_axes, names_of, size_of, varying_axes
 from depthsmooth.places import Place, Shape, some
 
 
@@ -74,15 +74,18 @@ class Track:
         """
         ours = [jnp.asarray(arrays[path]) for path in self.paths]
         inside = bool(manual_axes())
+        are_parts = inside and any(map(_is_part, self.leaves, ours))
+        if are_parts:
+            self._check_shards(axis_name, ours)
         if inside:
-            self._check_shards(axis_name)
+            self._check_alike(ours)
         self._check_explicit(ours)
         return Tensor(
             ours,
             [place.axes for place in self.places],
             [place.layers for place in self.places],
             [place.shards for place in self.places],
-            axis_name if inside else None,
+            axis_name if are_parts else None,
             list(map(_parts, self.leaves, ours)) if inside else (),
             list(map(str, self.leaves)),
         )
@@ -101,26 +104,40 @@ class Track:
             and steps == {len(starts)}
         )
 
-    def _check_shards(self, axis_name: AxisName | None) -> None:
+    def _check_alike(self, arrays: Sequence[jax.Array]) -> None:
+        """Raises, in shard_map, if its leaves certainly are parts along different mesh axes."""
+        first, *rest = zip(self.leaves, map(varying_axes, arrays), strict=True)
+        for leaf, axes in rest:
+            if axes != first[1]:
+                raise ValueError(
+                    f"{leaf} is mixed with {first[0]}, but shard_map splits one along "
+                    f"{sorted(axes or ())}, the other along {sorted(first[1] or ())}. Split them "
+                    "alike."
+                )
+
+    def _check_shards(self, axis_name: AxisName | None, arrays: Sequence[jax.Array]) -> None:
         """Raises, in shard_map, unless the shards of its layers are found along the axis."""
         shards = {place.shards for place in self.places}
-        if shards == {1}:
-            return
-        leaf = next(leaf for leaf in self.leaves if leaf.place and leaf.place.shards > 1)
-        [first, *_] = self.places
-        split = f"{leaf}, of which shard_map gives each device a part of the {len(first.layers)} "
-        if not self._takes_turns:
+        [first, *_] = self.leaves
+        split = (
+            f"{first}, of which shard_map gives each device a part of the "
+            f"{len(self.places[0].layers)} layers, is"
+        )
+        if not self._takes_turns or len(shards) > 1:
             raise ValueError(
-                f"{split}layers, is mixed with {self.paths[-1]} in a way that exchanges more than "
-                "neighbouring layers: only those of one stack, or dealt to stacks in turn, can be "
-                "split in shard_map. Use jax.jit with shardings for these."
+                f"{split} mixed with {self.paths[-1]} in a way that exchanges more than "
+                "neighbouring layers: only those of one stack, or dealt to stacks in turn that are "
+                "split alike, can be split in shard_map. Use jax.jit with shardings for these."
             )
         axes = names_of(axis_name)
-        if not axes or not set(axes) <= set(manual_axes()) or shards != {size_of(axes)}:
+        varying = varying_axes(arrays[0])
+        names = set(manual_axes()) if varying is None else varying
+        if not axes or not set(axes) <= names or shards != {size_of(axes)}:
+            candidates = [name for name in manual_axes() if name in names]
             raise ValueError(
-                f"{split}layers, is split into {max(shards)} parts, and axis_name is "
-                f"{axis_name!r}. Say along which mesh axis the others are, by axis_name=...: one "
-                f"of {', '.join(f'{name!r} ({size_of(name)})' for name in manual_axes())}."
+                f"{split} split into {max(shards)} parts, and axis_name is {axis_name!r}. Say "
+                "along which mesh axis the others are, by axis_name=...: it is split along "
+                f"{', '.join(f'{name!r} ({size_of(name)})' for name in candidates) or 'none'}."
             )
 
     def _check_explicit(self, arrays: Sequence[jax.Array]) -> None:
@@ -176,7 +193,17 @@ class Track:
         return tuple(tuple(rank[layer] for layer in place.layers) for place in self.places)
 
 
+def _is_part(leaf: Leaf, array: jax.Array) -> bool:
+    """Whether a device has some layers alone of a leaf."""
+    axes = () if leaf.place is None else leaf.place.axes
+    return any(leaf.shape[axis] != array.shape[axis] for axis in axes)
+
+
 def _parts(leaf: Leaf, array: jax.Array) -> int:
     """Into how many parts shard_map has split each layer of a leaf."""
-    shards = 1 if leaf.place is None else leaf.place.shards
-    return math.prod(leaf.shape) // max(array.size * shards, 1)
+    axes = () if leaf.place is None else leaf.place.axes
+    whole, ours = (
+        math.prod(size for axis, size in enumerate(shape) if axis not in axes)
+        for shape in (leaf.shape, array.shape)
+    )
+    return whole // max(ours, 1)

@@ -17,7 +17,7 @@ from depthsmooth.cuts import Cuts
 from depthsmooth.finding import depth_of
 from depthsmooth.layers import Halo, narrowed
 from depthsmooth.layout import Depth, Where
-from depthsmooth.mesh import AxisName
+from depthsmooth.mesh import AxisName, manual_axes
 from depthsmooth.operators import Operator, check_operator, window
 from depthsmooth.places import is_masked, leaves_of, nodes_of
 from depthsmooth.track import Track
@@ -296,8 +296,8 @@ def _over_depth(
         raise ValueError(f"norm_over is {norm_over!r}, but has to be 'tensor' or 'block'.")
     if where is not None and not callable(where):
         raise ValueError(f"where is {where!r}, but has to be a function of a path and a leaf.")
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name or "",)
-    if not all(isinstance(name, str) for name in names):
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if axis_name is not None and not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"axis_name is {axis_name!r}, but has to be the name of a mesh axis, or a tuple of "
             "names."
@@ -455,8 +455,14 @@ class _Mixing:
         if self.operator.is_identity or self.operator.is_dense:
             return self, zero
         weights = [jnp.asarray(row) for row in self.operator.weights]
-        values = self.tensor.arrays, weights, zero, after
-        arrays, weights, zero, _ = jax.lax.optimization_barrier(values)
+        if manual_axes():
+            # All that passes together is taken, by JAX 0.10, to differ along the same mesh axes.
+            pairs = [jax.lax.optimization_barrier((a, weights)) for a in self.tensor.arrays]
+            arrays, (weights, *_) = map(list, zip(*pairs, strict=True))
+            zero = jax.lax.optimization_barrier(zero)
+        else:
+            values = self.tensor.arrays, weights, zero, after
+            arrays, weights, zero, _ = jax.lax.optimization_barrier(values)
         operator = dataclasses.replace(self.operator, weights=weights)
         return _Mixing(self.track, operator, self.tensor.of(arrays), self.halos), zero
 

@@ -297,18 +297,111 @@ def test_shards_at_random(data):
     np.testing.assert_array_equal(jax.jit(in_parts)(updates, zero), expected)
 
 
-def test_several_mesh_axes_may_split_the_layers():
-    whole, specs = {"a": tree()["layers"]["kernel"]}, {"a": jax.P(("stage", "model"))}
+@pytest.mark.parametrize("names", [("stage", "model"), ("model", "stage")])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("variant", ["standard", "directional"])
+def test_several_mesh_axes_may_split_the_layers(names, mode, variant):
+    """In any order: JAX numbers devices in that of the mesh."""
+    whole, specs = {"a": tree()["layers"]["kernel"]}, {"a": jax.P(names)}
     rules = ds.Depth.from_rules({"a": 0})
-    expected = updated(ds.smooth_over_depth(0.3, depth=rules), whole)
-    for mode in MODES:
-        keywords = depth_in(mode, whole, specs, rules=rules)
-        if mode == "manual":
-            keywords["axis_name"] = ("stage", "model")
-        tx = ds.smooth_over_depth(0.3, **keywords)
-        program, result = compiled(lambda updates, tx=tx: updated(tx, updates), whole, mode, specs)
-        chex.assert_trees_all_equal(jax.device_get(result), jax.device_get(expected))
+    expected = jax.jit(lambda u: updated(make(variant, ds.window(0.3), depth=rules), u))(whole)
+    keywords = depth_in(mode, whole, specs, rules=rules)
+    if mode == "manual":
+        keywords["axis_name"] = names
+    tx = make(variant, ds.window(0.3), **keywords)
+    program, result = compiled(lambda updates: updated(tx, updates), whole, mode, specs)
+    chex.assert_trees_all_close(
+        jax.device_get(result), jax.device_get(expected), rtol=1e-6, atol=1e-6
+    )
+    if variant == "standard":
         assert sent(program) == [("collective-permute", 4 * KERNEL)] * 2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("norm_over", ["tensor", "block"])
+@pytest.mark.parametrize("kernel", [jax.P("stage", None, "model"), jax.P(None, None, "model")])
+def test_leaves_that_are_split_along_different_axes(variant, norm_over, kernel):
+    """One after another in one step, also of a scan, whose types have to stay."""
+    rng = np.random.default_rng(0)
+    whole = {
+        "a_kernel": jnp.asarray(rng.normal(size=(8, 4, 6)), "float32"),
+        "bias": jnp.asarray(rng.normal(size=(8, 4)), "float32"),
+        "other": jnp.ones((8, 4)),
+    }
+    specs = {"a_kernel": kernel, "bias": jax.P(*kernel[:1]), "other": jax.P()}
+    depth = ds.Depth.from_rules({".*": 0}).resolve(whole)
+    keywords = {"depth": depth, "axis_name": "stage", "norm_over": norm_over}
+    tx = optax.chain(optax.scale_by_adam(), make(variant, ds.window(0.3), **keywords))
+
+    def steps(updates):
+        def step(carry, _):
+            updates, state = carry
+            after, state = tx.update(updates, state)
+            return (after, state), None
+
+        # The state differs along the axes that the updates do.
+        state = jax.tree.map(jnp.zeros_like, tx.init(updates))
+        return jax.lax.scan(step, (updates, state), length=2)[0][0]
+
+    _, result = compiled(steps, whole, "manual", specs)
+    expected = jax.jit(steps)(whole)
+    chex.assert_trees_all_close(
+        jax.device_get(result), jax.device_get(expected), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_nan_stays_between_cuts(mode):
+    whole, specs = {"a": jnp.ones((40, 2)).at[0, 0].set(jnp.nan)}, {"a": jax.P("stage")}
+    keywords = depth_in(mode, whole, specs, rules=ds.Depth.from_rules({"a": 0}))
+    tx = ds.augment_over_depth(ds.mean(0.4), cuts=(17,), **keywords)
+    _, result = compiled(lambda updates: updated(tx, updates), whole, mode, specs)
+    assert np.isnan(np.asarray(result["a"])).any(1).tolist() == [True] * 17 + [False] * 23
+    np.testing.assert_allclose(np.asarray(result["a"])[17:], 1, rtol=1e-6)
+
+
+def test_an_explicit_mesh_need_not_be_set():
+    mesh = a_mesh("explicit")
+    whole, specs = {"a": tree(layers=32)["layers"]["kernel"]}, {"a": jax.P("stage")}
+    rules = ds.Depth.from_rules({"a": 0})
+    for operator in (ds.window(0.3), ds.mean(0.4)):
+        tx = make("directional", operator, depth=rules)
+        for run in (updated, jax.jit(updated, static_argnums=0)):
+            result = run(tx, placed(whole, mesh, specs))
+            chex.assert_trees_all_close(
+                jax.device_get(result), jax.device_get(updated(tx, whole)), rtol=1e-5, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("told", [False, True])
+def test_some_mesh_axes_may_be_manual_alone(kind, told):
+    """Features by shard_map, layers by the compiler."""
+    kinds = (getattr(AxisType, kind), AxisType.Auto)
+    mesh = jax.make_mesh((4, 2), ("stage", "model"), axis_types=kinds)
+    whole, spec = {"a": tree()["layers"]["kernel"]}, jax.P("stage", None, "model")
+    parts = placed(whole, mesh, {"a": spec})
+    rules = ds.Depth.from_rules({"a": 0})
+    tx = ds.smooth_over_depth(0.3, depth=rules.resolve(parts if told else whole))
+    part = {"a": jax.P(None, None, "model")}
+    with jax.set_mesh(mesh):
+        fn = jax.shard_map(
+            lambda updates: updated(tx, updates),
+            in_specs=(part,),
+            out_specs=part,
+            axis_names={"model"},
+        )
+        result = jax.jit(fn)(parts)
+    chex.assert_trees_all_equal(jax.device_get(result), jax.device_get(updated(tx, whole)))
+
+
+def test_where_is_asked_of_whole_leaves():
+    whole, specs = tree(), specs_of("both")
+    keywords = {"where": lambda path, leaf: leaf.size > 100}
+    expected = updated(ds.smooth_over_depth(0.3, depth=RULES, **keywords), whole)
+    tx = ds.smooth_over_depth(0.3, **depth_in("manual", whole, specs), **keywords)
+    _, result = compiled(lambda updates: updated(tx, updates), whole, "manual", specs)
+    chex.assert_trees_all_equal(jax.device_get(result), jax.device_get(expected))
 
 
 def test_what_a_depth_knows_of_shards():
@@ -413,7 +506,7 @@ def test_refuses_parts_of_layers_without_the_name_of_their_axis():
     tx = ds.smooth_over_depth(0.3, depth=RULES.resolve(tree()))
     message = (
         r"layers/bias \(8, 8\), of which shard_map .* 8 layers, is split into 4 parts, "
-        r"and axis_name is None.*by axis_name=.*'stage' \(4\), 'model' \(2\)"
+        r"and axis_name is None.*by axis_name=.*: it is split along 'stage' \(4\)\."
     )
     with pytest.raises(ValueError, match=message):
         in_shard_map(lambda updates: updated(tx, updates), "depth")
@@ -426,7 +519,65 @@ def test_refuses_the_name_of_another_axis(name):
         in_shard_map(lambda updates: updated(tx, updates), "depth")
 
 
-@pytest.mark.parametrize("name", [3, ("stage", 0), 1.5])
+@pytest.mark.parametrize("names", ["stage", ("stage",)])
+def test_refuses_the_name_of_an_axis_of_the_same_size(names):
+    """What does not differ along an axis is not split along it."""
+    mesh = jax.make_mesh((2, 2), ("stage", "model"), axis_types=(AxisType.Auto,) * 2)
+    depth = ds.Depth.from_rules({"a": 0}).resolve({"a": jnp.ones((8, 4))})
+    tx = ds.smooth_over_depth(0.3, depth=depth, axis_name=names)
+    spec = {"a": jax.P("model")}
+    fn = jax.shard_map(lambda u: updated(tx, u), mesh=mesh, in_specs=(spec,), out_specs=spec)
+    with pytest.raises(ValueError, match=r"split into 2 parts, .* it is split along 'model' \(2\)"):
+        jax.jit(fn)({"a": jnp.ones((8, 4))})
+
+
+def test_refuses_a_depth_of_more_layers_than_there_are():
+    tx = ds.smooth_over_depth(0.3, depth=RULES.resolve(tree(layers=8)), axis_name="stage")
+    specs = jax.tree.map(lambda _: jax.P(), specs_of("depth"))
+    with pytest.raises(ValueError, match=r"is split into 4 parts, .* it is split along none"):
+        compiled(lambda updates: updated(tx, updates), tree(layers=2), "manual", specs)
+
+
+def test_refuses_leaves_that_are_split_differently():
+    whole = {f"block_{k}": jnp.ones((4, 4)) for k in range(4)}
+    rules = ds.Depth.from_rules({"block_.*": ds.numbered()})
+    specs = {f"block_{k}": jax.P("model" if k % 2 else "stage") for k in range(4)}
+    mesh = jax.make_mesh((2, 2), ("stage", "model"), axis_types=(AxisType.Auto,) * 2)
+    tx = ds.smooth_over_depth(0.3, depth=rules.resolve(whole))
+    fn = jax.shard_map(lambda u: updated(tx, u), mesh=mesh, in_specs=(specs,), out_specs=specs)
+    message = r"block_1 \(4, 4\) is mixed with block_0 .* along \['model'\], the other along"
+    with pytest.raises(ValueError, match=message):
+        jax.jit(fn)(whole)
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        lambda updates: ds.smooth_over_depth(0.3, depth=RULES.resolve(updates)),
+        lambda updates: ds.smooth_over_depth(0.3, depth=ds.find_depth(updates)),
+        lambda updates: ds.depth_metrics(updates, RULES),
+    ],
+    ids=["rules", "find_depth", "metrics"],
+)
+def test_refuses_to_look_for_layers_in_parts(inside):
+    with pytest.raises(ValueError, match=r"whether that is a part of the layers"):
+        in_shard_map(lambda updates: inside(updates) and updates, "depth")
+
+
+@pytest.mark.parametrize("shards", [0, -2, 3, 16])
+def test_refuses_shards_that_cannot_be(shards):
+    text = RULES.resolve(tree()).to_json().replace('"shards":1', f'"shards":{shards}')
+    with pytest.raises(ValueError, match=rf"can't have its layers in {shards} shards"):
+        ds.Depth.from_json(text)
+
+
+def test_what_cannot_be_split_evenly_is_not_known_to_be():
+    sharding = NamedSharding(a_mesh("auto"), jax.P("stage"))
+    uneven = {"a": jax.ShapeDtypeStruct((7, 4), "float32", sharding=sharding)}
+    assert ds.Depth.from_rules({"a": 0}).resolve(uneven)["a"].shards == 1
+
+
+@pytest.mark.parametrize("name", [3, 0, False, ["stage"], ("stage", 0), 1.5])
 def test_refuses_what_is_no_name_of_an_axis(name):
     with pytest.raises(ValueError, match=r"axis_name is .* has to be the name of a mesh axis"):
         ds.smooth_over_depth(0.3, axis_name=name)
