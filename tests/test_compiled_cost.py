@@ -34,7 +34,7 @@ def test_the_stencil_reads_and_writes_each_update_once(target, dtype):
         assert row["moved"] == pytest.approx(2, abs=ROUNDING)
         assert row["temp"] <= ROUNDING
         assert row["sent"] == {}
-        assert row["kernels"] == compiled_cost.LEAVES
+        assert row["kernels"] <= compiled_cost.LEAVES
 
 
 @pytest.mark.parametrize("target", ["v5e", "v6e"])

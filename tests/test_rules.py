@@ -243,7 +243,8 @@ def test_json_round_trip():
 
 
 def place_json(axis, layers, pattern="a"):
-    place = f'{{"group":"g","tensor":"t","axes":[{axis}],"layers":{layers},"found_by":"rule"}}'
+    place = f'{{"group":"g","tensor":"t","axes":[{axis}],"layers":{layers},"found_by":"rule"'
+    place += ',"shards":1}'
     rule = f'["{pattern}",{{"axes":[0],"numbered":false,"containers":[]}}]'
     leaf = f'{{"path":"a","shape":[3],"place":{place},"reason":""}}'
     return f'{{"leaves":[{leaf}],"rules":[{rule}]}}'
