@@ -457,11 +457,11 @@ def _check_place(leaf: Leaf) -> None:
     if leaf.place is None:
         return
     axes, layers, shards = leaf.place.axes, leaf.place.layers, leaf.place.shards
-    if shards < 1 or (leaf.shape[axes[0]] if axes else 1) % shards:
-        raise ValueError(f"{leaf} can't have its layers in {shards} shards")
     fits = len(set(axes)) == len(axes) and all(0 <= axis < len(leaf.shape) for axis in axes)
     if not fits or stacked(leaf.shape, axes) != len(layers) or min(layers, default=-1) < 0:
         raise ValueError(f"{leaf} can't have the layers {layers} on {_axes_name(axes)}")
+    if shards < 1 or (leaf.shape[axes[0]] if axes else 1) % shards:
+        raise ValueError(f"{leaf} can't have its layers in {shards} shards")
 
 
 def _checked(leaf: Leaf, place: Place, arrays: Mapping[str, jax.Array]) -> Place:
