@@ -119,9 +119,11 @@ def test_a_training_step_needs_no_more_memory():
         program = jitted.lower(params, state, batch).compile()
         return program.memory_analysis().temp_size_in_bytes
 
-    plain = temporary(optax.adamw(1e-3))
+    plain, largest = temporary(optax.adamw(1e-3)), 12 * 512 * 2048 * 4
     for variant in compiled_cost.VARIANTS:
-        assert temporary(ds.adamw(1e-3, depth=depth, variant=variant)) <= 1.001 * plain
+        # Vectors are kept, and what schedulers do differently; no matrix is.
+        more = temporary(ds.adamw(1e-3, depth=depth, variant=variant)) - plain
+        assert more <= largest / 10
 
 
 @pytest.mark.parametrize("target", targets.NAMES)
