@@ -115,3 +115,15 @@ def test_training_has_the_proportion_of_nanochat():
 def test_the_table_in_the_documentation_is_what_was_compiled():
     page = pathlib.Path(__file__).parents[1] / "docs" / "sharding.md"
     assert compiled_cost.markdown(results.read("compiled_cost")) in page.read_text()
+
+
+def test_the_ratios_in_the_documentation_are_what_was_measured():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "sharding.md").read_text()
+    rows = results.read("speed")["rows"]
+    ratios = {part: [row["ratio"] for row in rows if row["part"] == part] for part in speed.PARTS}
+    training = ratios["training"]
+    assert f"takes {min(training):.3f} to {max(training):.3f} times as long" in page
+    assert f"up to {max(ratios['stencil']):.2f} times for the largest" in page
+    assert f"and up to {max(ratios['optimizer']):.1f} times where it does not" in page.replace(
+        "\n", " "
+    )
