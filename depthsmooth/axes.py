@@ -108,7 +108,9 @@ def cut(
         if (start, stop, strides[at]) == (0, before[at], 1):
             continue
         dimensions[at] = UNKNOWN
-        if len(dimension) == 1 and strides[at] == 1:
+        if 0 < stop - start <= strides[at]:
+            stop = start + 1  # what is one step alone has no stride
+        if len(dimension) == 1 and (strides[at] == 1 or stop == start + 1):
             [factor] = dimension
             dimensions[at] = (factor._replace(size=stop - start),)
             skipped = start if factor.stride > 0 else before[at] - stop

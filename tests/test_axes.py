@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from depthsmooth.axes import UNKNOWN, cut, follow, own
@@ -110,6 +110,8 @@ def along(dimension, axes):
 
 
 @given(chain=chains())
+@example(((2,), [lambda x: jax.lax.rev(x, (0,)), lambda x: jax.lax.slice_in_dim(x, 0, 2, 2, 0)]))
+@example(((3,), [lambda x: jax.lax.slice_in_dim(x, 1, 3, 2, 0)]))
 def test_dimensions_run_along_the_axes_they_are_said_to(chain):
     shape, steps = chain
     axes, expected = followed(shape, steps)
