@@ -215,8 +215,8 @@ def apply(
 
     A stencil of more than 16 offsets is applied as a matrix instead, to all the layers
     brought together: faster from there on (``benchmarks/large_radius.py``), at the cost
-    of a copy, and of a NaN in one layer reaching every other of its run. Shards go round
-    then, so that no device has more than two of them at a time.
+    of a copy, and of a NaN in one layer reaching every other of its run. Each shard then
+    passes every device that reads of it.
 
     Args:
       stencil: the operator, for all the layers.

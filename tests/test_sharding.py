@@ -217,7 +217,7 @@ def test_norms_add_what_is_small(mode, spec, variant):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_shards_of_dense_operators_go_round(mode):
-    """Each device gets every other shard once, and never has all of them."""
+    """Each device gets every other shard once."""
     whole, specs = {"layers": {"kernel": tree(layers=32)["layers"]["kernel"]}}, {}
     specs = {"layers": {"kernel": jax.P("stage")}}
     rules = ds.Depth.from_rules({".*": 0})
