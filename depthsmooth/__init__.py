@@ -3,7 +3,14 @@
 from depthsmooth.alias import adamw, lion, muon, normuon, sgd
 from depthsmooth.finding import AmbiguousDepthError, find_depth
 from depthsmooth.layout import Depth, DepthNotFoundError
-from depthsmooth.metrics import DepthMetrics, depth_metrics
+from depthsmooth.metrics import (
+    DepthMetrics,
+    GradientNoise,
+    depth_metrics,
+    gradient_noise_over_depth,
+    line_shape_score,
+    residual_alignment,
+)
 from depthsmooth.operators import (
     compose,
     diffusion,
@@ -37,6 +44,7 @@ __all__ = [
     "Depth",
     "DepthMetrics",
     "DepthNotFoundError",
+    "GradientNoise",
     "Leaf",
     "Place",
     "Rule",
@@ -52,7 +60,9 @@ __all__ = [
     "find_depth",
     "from_kernel",
     "from_matrix",
+    "gradient_noise_over_depth",
     "interleaved",
+    "line_shape_score",
     "lion",
     "mean",
     "muon",
@@ -61,6 +71,7 @@ __all__ = [
     "numbered",
     "operator_matrix",
     "projections",
+    "residual_alignment",
     "sequence",
     "sgd",
     "sharpen",

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
+
+T = TypeVar("T")
+Results = TypeVar("Results")
 
 AxisName = str | tuple[str, ...]
 """A mesh axis, or several that split the same axis of an array, outer to inner."""
@@ -79,6 +84,27 @@ def resharded(array: jax.Array, like: jax.Array, spec: jax.P) -> jax.Array:
     sharding = jax.NamedSharding(jax.typeof(like).sharding.mesh, spec)
     other: jax.Array = jax.reshard(array, sharding)
     return other
+
+
+def with_automatic_axes(fn: Callable[[T], Results], arrays: T) -> Results:
+    """Calls a function of a tree that leaves to the compiler how an explicit mesh splits arrays.
+
+    Args:
+      fn: of a tree of arrays.
+      arrays: the tree.
+
+    Returns:
+      What it returns, the same on every device of such a mesh.
+    """
+    [first, *_] = jax.tree.leaves(arrays) or [0.0]
+    mesh = jax.typeof(first).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    if not explicit:
+        return fn(arrays)
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    results: Results = jax.sharding.auto_axes(fn, axes=explicit, out_sharding=everywhere)(arrays)
+    return results
 
 
 def names_of(axes: AxisName | Iterable[str] | None) -> tuple[str, ...]:

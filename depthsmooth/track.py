@@ -62,6 +62,11 @@ class Track:
         """The depth group of the layers."""
         return self.places[0].group
 
+    @property
+    def tensor_name(self) -> str:
+        """Which of a layer's tensors it is."""
+        return self.places[0].tensor
+
     def tensor(self, arrays: Mapping[str, jax.Array], axis_name: AxisName | None = None) -> Tensor:
         """The arrays that hold it, and how.
 

@@ -1,0 +1,102 @@
+"""The inner products of every layer of a group with every other, and the powers over depth."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from depthsmooth.blocks import Block, Tensor
+from depthsmooth.layers import Layers, widened
+from depthsmooth.mesh import names_of
+
+
+def gram(block: Block, layers: int) -> jax.Array:
+    r"""The inner products of layers: :math:`G_{ij} = \mathrm{Re} \sum \bar u_i u_j`.
+
+    Where devices split the layers, each shard passes half of the others. Layers with leaves of
+    their own are brought together.
+
+    Args:
+      block: the tensors :math:`u`.
+      layers: the number of layers L.
+
+    Returns:
+      Real array of shape ``(L, L)``, of float32 or the widest type there is among the tensors.
+
+    Example:
+      >>> stack = Tensor([jnp.array([[3.0, 4.0], [0.0, 2.0]])], [(0,)], [(0, 1)], [1])
+      >>> gram([stack], 2).tolist()
+      [[25.0, 8.0], [8.0, 4.0]]
+    """
+    products = [_of_tensor(tensor, layers) for tensor in block]
+    dtype = max((product.dtype for product in products), key=lambda dtype: dtype.itemsize)
+    return functools.reduce(jnp.add, [product.astype(dtype) for product in products])
+
+
+def spectrum(products: jax.Array) -> jax.Array:
+    r"""The power at each frequency over depth: :math:`p_k = \|\sum_\ell c_{k\ell} u_\ell\|^2`.
+
+    Args:
+      products: :math:`\langle u_i, u_j \rangle`, of shape ``(L, L)``.
+
+    Returns:
+      Array of shape ``(L,)``, from what is the same in all layers to what alternates from one
+      to the next; with the orthonormal cosines of the DCT-II,
+      :math:`c_{k\ell} = \sqrt{(2 - \delta_{k0})/L} \cos(\pi k (\ell + 1/2) / L)`.
+
+    Example:
+      >>> spectrum(jnp.ones((4, 4))).round(6).tolist()
+      [4.0, 0.0, 0.0, 0.0]
+    """
+    layers = len(products)
+    frequencies = np.arange(layers)[:, None]
+    cosines = np.cos(np.pi * frequencies * (np.arange(layers) + 0.5) / layers)
+    cosines *= np.where(frequencies, np.sqrt(2 / layers), np.sqrt(1 / layers))
+    waves = jnp.asarray(cosines, products.dtype)
+    powers = jnp.einsum("ki,ij,kj->k", waves, products, waves, precision=jax.lax.Precision.HIGHEST)
+    return jnp.maximum(powers, 0)
+
+
+def _of_tensor(tensor: Tensor, layers: int) -> jax.Array:
+    """The products of each shard with itself, and with those after it as they pass."""
+    [shards, *others] = tensor.shards
+    shards = shards if set(others) <= {shards} else 1
+    shard = Layers(_together(tensor, shards), (0, 1), shards, tensor.axis_name)
+    held = np.concatenate([np.reshape(ours, (shards, -1)) for ours in tensor.layers], 1)
+    total = jnp.zeros((layers, layers), shard.array.real.dtype)
+    for distance in range(shards):
+        products = _products(shard.array, shard.from_shard(shard.array, distance))
+        # Beyond the last shard there are zeros, which add nothing to those that they are put to.
+        others_held = np.roll(held, -distance, 0)
+        rows, columns = (shard.of_shards(jnp.asarray(which)) for which in (held, others_held))
+        total = total.at[rows[:, :, None], columns[:, None, :]].add(products)
+        if distance:
+            total = total.at[columns[:, None, :], rows[:, :, None]].add(products)
+    axes = (*tensor.summed_over(0), *(names_of(tensor.axis_name) if shards > 1 else ()))
+    return jax.lax.psum(total, axes) if axes else total
+
+
+def _together(tensor: Tensor, shards: int) -> jax.Array:
+    """All of its layers, of shape (shards, layers of a shard, ...); in shard_map of one shard."""
+    merged = [
+        widened(Layers(array, axes).merged())
+        for array, axes in zip(tensor.arrays, tensor.axes, strict=True)
+    ]
+    count = 1 if tensor.axis_name is not None else shards
+    parts = [array.reshape(count, -1, *array.shape[1:]) for array in merged]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
+
+
+def _products(one: jax.Array, other: jax.Array) -> jax.Array:
+    """The inner products of layers of shape (shards, layers, ...): (shards, layers, layers)."""
+    features = tuple(range(2, one.ndim))
+    products = jax.lax.dot_general(
+        one.conj(),
+        other,
+        ((features, features), ((0,), (0,))),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return products.real
