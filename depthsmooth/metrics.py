@@ -119,6 +119,7 @@ def depth_metrics(
       Roughness, mean cosine and mean norm are those of the replication's
       ``_block_update_metrics``: https://github.com/supergitty520/fe-e-transformer-research.
     """
+    check_measure(depth, by)
     places = _places(updates, depth, where)
     leaves = {path: leaf for path, leaf in leaves_of(updates)[0] if path in places}
     measured = functools.partial(_metrics_of, places=places, by=by, full=full, axis_name=axis_name)
@@ -162,6 +163,7 @@ def gradient_noise_over_depth(
       Large-Batch Training <https://arxiv.org/abs/1812.06162>`_, 2018 (equation 2.9), of each
       layer, in micro-batches.
     """
+    check_measure(depth, by)
     counts = {path: (*leaf.shape, 0)[0] for path, leaf in leaves_of(gradients)[0]}
     for path, count in counts.items():
         if count < 2 or count != max(counts.values()):
@@ -170,9 +172,7 @@ def gradient_noise_over_depth(
                 "have to have those of the same number, two or more, as "
                 "jax.vmap(jax.grad(loss), in_axes=(None, 0))(params, batches) gives."
             )
-    measured = functools.partial(
-        _noise_of, depth=_checked(depth), by=by, where=where, axis_name=axis_name
-    )
+    measured = functools.partial(_noise_of, depth=depth, by=by, where=where, axis_name=axis_name)
     noise: dict[str, GradientNoise] = with_automatic_axes(measured, gradients)
     return noise
 
@@ -253,23 +253,24 @@ def _directions(
     return ratio(steps, jnp.linalg.norm(steps, axis=-1, keepdims=True))
 
 
-def _checked(depth: Depth) -> Depth:
+def check_measure(depth: Depth, by: By) -> None:
+    """Raises unless these say what can be measured."""
     if not isinstance(depth, Depth):
         raise ValueError(
-            f"depth is a {type(depth).__name__}, but has to be a Depth: the updates come first."
+            f"depth is a {type(depth).__name__}, but has to be a Depth, such as "
+            "trace_depth(loss_fn, params, batch) gives. Updates come before it."
         )
-    return depth
+    if by not in ("group", "tensor"):
+        raise ValueError(f"by is {by!r}, but has to be 'group' or 'tensor'.")
 
 
 def _places(updates: optax.Updates, depth: Depth, where: Where | None) -> Depth:
-    places = depth_of(updates, _checked(depth))
+    places = depth_of(updates, depth)
     return places if where is None else places.select(where, updates)
 
 
 def _tracks(places: Depth, by: By) -> dict[str, list[Track]]:
     """What is measured together, by name."""
-    if by not in ("group", "tensor"):
-        raise ValueError(f"by is {by!r}, but has to be 'group' or 'tensor'.")
     tensors = collections.Counter(track.tensor_name for track in places.tracks)
     together: dict[str, list[Track]] = {}
     for track in places.tracks:
