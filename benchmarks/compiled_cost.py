@@ -35,6 +35,7 @@ INPUTS_OF_MUON = 2048  # which needs far more memory
 RULES = ds.Depth.from_rules({"layers/.*": 0})
 VARIANTS = ("standard", "norm_preserving", "directional")
 ALONE = ("scale", *VARIANTS, "shrunk")
+MEASURES = ("neighbours", "full")
 
 Tree = Mapping[str, Any]
 Row = dict[str, Any]
@@ -117,17 +118,16 @@ class Chips:
         step: Callable[..., Any],
         trees: tuple[Tree, ...],
         specs: tuple[Tree, ...],
-        results: int,
+        out: Any,
         donated: tuple[int, ...] = (),
     ) -> Row:
-        """Compiles a step whose results are laid out like its first arguments."""
-        out = specs[:results]
+        """Compiles a step whose arguments and results are laid out by these specs."""
         if self._layout == "split, manual":
             step = jax.shard_map(step, mesh=self._mesh, in_specs=specs, out_specs=out)
         arguments = tuple(map(self.shard, trees, specs))
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments)
+        shardings = jax.tree.map(lambda spec: NamedSharding(self._mesh, spec), out)
         with jax.set_mesh(self._mesh):
-            jitted = jax.jit(step, donate_argnums=donated, out_shardings=shardings[:results])
+            jitted = jax.jit(step, donate_argnums=donated, out_shardings=shardings)
             program = jitted.lower(*arguments).compile(targets.options(self._name))
         return self._read(program, trees[0])
 
@@ -165,10 +165,11 @@ def stencil_cost(target: str, layout: str, dtype: str, variant: str) -> Row:
         tx = stencil(variant, **chips.keywords(chips.shard(tree, specs)))
     count = jax.tree.map(lambda _: jax.P(), jax.eval_shape(tx.init, tree))
 
-    def step(updates: Tree, state: Any) -> tuple[Tree]:
-        return (tx.update(updates, state)[0],)
+    def step(updates: Tree, state: Any) -> Tree:
+        updated: Tree = tx.update(updates, state)[0]
+        return updated
 
-    return chips.cost(step, (tree, jax.eval_shape(tx.init, tree)), (specs, count), 1)
+    return chips.cost(step, (tree, jax.eval_shape(tx.init, tree)), (specs, count), specs)
 
 
 def optimizer_cost(target: str, layout: str, dtype: str, name: str, variant: str) -> Row:
@@ -190,16 +191,29 @@ def optimizer_cost(target: str, layout: str, dtype: str, name: str, variant: str
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return chips.cost(step, (tree, state, tree), (specs, of_state, specs), 2, donated=(0, 1))
+    trees, out = (tree, state, tree), (specs, of_state)
+    return chips.cost(step, trees, (*out, specs), out, donated=(0, 1))
+
+
+def metrics_cost(target: str, layout: str, dtype: str, variant: str) -> Row:
+    """Of measuring updates: each layer with the next, or with all others for "full"."""
+    chips, tree = Chips(target, layout), parameters(dtype)
+    specs = specs_of(tree)
+    keywords = chips.keywords(chips.shard(tree, specs)) | {"full": variant == "full"}
+    return chips.cost(lambda tree: ds.depth_metrics(tree, **keywords), (tree,), (specs,), jax.P())
 
 
 def cases(target: str) -> list[tuple[str, ...]]:
     """Target, layout, dtype, step and variant of every figure."""
     steps = {
-        "together": {"stencil": ALONE, **dict.fromkeys(OPTIMIZERS, ("plain", *VARIANTS))},
-        "split, auto": {"stencil": ALONE, "adamw": ("plain", *VARIANTS)},
-        "split, explicit": {"stencil": ALONE},
-        "split, manual": {"stencil": ALONE},
+        "together": {
+            "stencil": ALONE,
+            **dict.fromkeys(OPTIMIZERS, ("plain", *VARIANTS)),
+            "metrics": MEASURES,
+        },
+        "split, auto": {"stencil": ALONE, "adamw": ("plain", *VARIANTS), "metrics": MEASURES},
+        "split, explicit": {"stencil": ALONE, "metrics": MEASURES},
+        "split, manual": {"stencil": ALONE, "metrics": MEASURES},
         "split, not told": {"stencil": ("standard",)},
     }
     return [
@@ -215,6 +229,8 @@ def measure(target: str, layout: str, dtype: str, step: str, variant: str) -> Ro
     """One row of the table."""
     if step == "stencil":
         cost = stencil_cost(target, layout, dtype, variant)
+    elif step == "metrics":
+        cost = metrics_cost(target, layout, dtype, variant)
     else:
         cost = optimizer_cost(target, layout, dtype, step, variant)
     named = {"layout": layout, "dtype": dtype, "step": step, "variant": variant}
@@ -256,6 +272,10 @@ def markdown(result: Mapping[str, Any]) -> str:
         "… explicit mode": ("split, explicit", "stencil", "standard"),
         "… in `shard_map`": ("split, manual", "stencil", "standard"),
         "… by a `Depth` that does not know": ("split, not told", "stencil", "standard"),
+        "`ds.depth_metrics`": ("together", "metrics", "neighbours"),
+        "… with `full=True`": ("together", "metrics", "full"),
+        "… of layers that are split, automatic mode": ("split, auto", "metrics", "neighbours"),
+        "… with `full=True` ": ("split, auto", "metrics", "full"),
     }
     columns = []
     for about in result["targets"].values():

@@ -10,7 +10,7 @@ import numpy as np
 
 from depthsmooth.blocks import Block, Tensor
 from depthsmooth.layers import Layers, widened
-from depthsmooth.mesh import names_of
+from depthsmooth.mesh import manual_axes, names_of
 
 
 def gram(block: Block, layers: int) -> jax.Array:
@@ -31,7 +31,13 @@ def gram(block: Block, layers: int) -> jax.Array:
       >>> gram([stack], 2).tolist()
       [[25.0, 8.0], [8.0, 4.0]]
     """
-    products = [_of_tensor(tensor, layers) for tensor in block]
+    products: list[jax.Array] = []
+    for tensor in block:
+        arrays = list(tensor.arrays)
+        if products and not manual_axes():  # where it would hide that devices have the same
+            # One tensor is brought together, or passes, when the last is done.
+            arrays, products[-1] = jax.lax.optimization_barrier((arrays, products[-1]))
+        products.append(_of_tensor(tensor.of(arrays), layers))
     dtype = max((product.dtype for product in products), key=lambda dtype: dtype.itemsize)
     return functools.reduce(jnp.add, [product.astype(dtype) for product in products])
 
@@ -66,9 +72,11 @@ def _of_tensor(tensor: Tensor, layers: int) -> jax.Array:
     shards = shards if set(others) <= {shards} else 1
     shard = Layers(_together(tensor, shards), (0, 1), shards, tensor.axis_name)
     held = np.concatenate([np.reshape(ours, (shards, -1)) for ours in tensor.layers], 1)
-    total = jnp.zeros((layers, layers), shard.array.real.dtype)
+    array, total = shard.array, jnp.zeros((layers, layers), widened(shard.array).real.dtype)
     for distance in range(shards):
-        products = _products(shard.array, shard.from_shard(shard.array, distance))
+        if distance:
+            array, total = jax.lax.optimization_barrier((array, total))
+        products = _products(widened(array), widened(shard.from_shard(array, distance)))
         # Beyond the last shard there are zeros, which add nothing to those that they are put to.
         others_held = np.roll(held, -distance, 0)
         rows, columns = (shard.of_shards(jnp.asarray(which)) for which in (held, others_held))
@@ -82,9 +90,10 @@ def _of_tensor(tensor: Tensor, layers: int) -> jax.Array:
 def _together(tensor: Tensor, shards: int) -> jax.Array:
     """All of its layers, of shape (shards, layers of a shard, ...); in shard_map of one shard."""
     merged = [
-        widened(Layers(array, axes).merged())
-        for array, axes in zip(tensor.arrays, tensor.axes, strict=True)
+        Layers(array, axes).merged() for array, axes in zip(tensor.arrays, tensor.axes, strict=True)
     ]
+    if len({array.dtype for array in merged}) > 1:
+        merged = list(map(widened, merged))
     count = 1 if tensor.axis_name is not None else shards
     parts = [array.reshape(count, -1, *array.shape[1:]) for array in merged]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)

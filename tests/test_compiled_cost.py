@@ -59,6 +59,30 @@ def test_norms_read_it_again(target, variant):
     assert row["sent"]["all-reduce"]["elements"] < 1e-5
 
 
+@pytest.mark.parametrize("target", ["v5e", "v6e", "h100"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_metrics_read_each_update_once_and_keep_nothing(target, dtype):
+    """Twice, or three times on H100, to compare every layer with every other."""
+    row = compiled_cost.measure(target, "together", dtype, "metrics", "neighbours")
+    assert row["moved"] == pytest.approx(1, abs=ROUNDING)
+    assert row["temp"] <= ROUNDING
+    full = compiled_cost.measure(target, "together", dtype, "metrics", "full")
+    assert full["moved"] <= (3 if target == "h100" else 2) + 0.1
+    assert full["temp"] <= ROUNDING
+
+
+@pytest.mark.parametrize("target", ["v5e", "h100"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["split, auto", "split, manual"])
+def test_metrics_of_split_layers_send_one_layer(target, layout, dtype):
+    """Or each shard to those before it, to compare every layer with every other."""
+    for variant, passing in {"neighbours": 0, "full": compiled_cost.STAGES - 1}.items():
+        row = compiled_cost.measure(target, layout, dtype, "metrics", variant)
+        elements = {kind: about["elements"] for kind, about in row["sent"].items()}
+        assert elements.pop("collective-permute") == pytest.approx(1 / HELD + passing, rel=2e-3)
+        assert sum(elements.values()) < 1e-3
+
+
 @pytest.mark.parametrize("target", ["v5e", "h100"])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_optimizers_write_their_update_and_read_it_once_more(target, name):

@@ -250,9 +250,11 @@ def test_noise_is_equal_to_numpy():
         by_tensor = ds.gradient_noise_over_depth(batches, depth, by="tensor")
         assert set(by_tensor) == {"kernel", "bias"}
         assert_noise(by_tensor["bias"], {"bias": batches["bias"]}, 1e-12)
-    narrow = jax.tree.map(lambda each: jnp.asarray(each, "float32"), batches)
-    [noise] = ds.gradient_noise_over_depth(narrow, depth).values()
-    assert_noise(noise, jax.tree.map(np.asarray, narrow), 1e-5)
+    for dtype, scale in [("float32", 1), ("bfloat16", 1e-3), ("float16", 1e-2)]:
+        narrow = jax.tree.map(lambda each, d=dtype, s=scale: jnp.asarray(s * each, d), batches)
+        [noise] = ds.gradient_noise_over_depth(narrow, depth).values()
+        exact = jax.tree.map(lambda each: np.asarray(each, "float32"), narrow)
+        assert_noise(noise, exact, 1e-5)
 
 
 def test_noise_of_real_gradients():
