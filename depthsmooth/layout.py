@@ -426,30 +426,36 @@ class Depth(Mapping[str, Place]):
         return tuple(Track(tuple(map(leaves.__getitem__, paths))) for paths in together.values())
 
     def __str__(self) -> str:
-        if self.rules:
-            rules = [(pattern, _rule_name(rule)) for pattern, rule in self.rules]
-            return _table([("rule", "axis"), *rules]) + (
-                "\nnot matched with a tree yet: print(depth.resolve(params)) shows what they match"
-            )
-        groups: dict[tuple[str, str], list[Leaf]] = {}
-        for leaf in self.leaves:
-            if leaf.place is not None:
-                groups.setdefault((leaf.place.group, leaf.place.found_by), []).append(leaf)
-        alone = [leaf for leaf in self.leaves if leaf.place is None]
-        rows = [("group", "layers", "axis", "leaves", "parameters", "found by")]
-        for (group, found_by), leaves in groups.items():
-            axes = sorted({leaf.place.axes for leaf in leaves if leaf.place is not None})
-            column = ", ".join(dict.fromkeys(map(_axes_column, axes)))
-            shards = max(leaf.place.shards for leaf in leaves if leaf.place is not None)
-            column += f", in {shards} shards" if shards > 1 else ""
-            rows.append((group, str(self.groups[group]), column, *_size(leaves), found_by))
-        if not alone:
-            return _table(rows)
-        rows.append(("left alone", "", "", *_size(alone), ""))
-        return f"{_table(rows)}\nleft alone: {some([str(leaf) for leaf in alone])}"
+        rows, below = table_of(self)
+        return f"{_table(rows)}\n{below}" if below else _table(rows)
 
     def __repr__(self) -> str:
         return f"<Depth\n{self}>"
+
+
+def table_of(depth: Depth) -> tuple[list[tuple[str, ...]], str]:
+    """The rows of the table of a Depth, its heads first, and what is said below it."""
+    if depth.rules:
+        rules = [(pattern, _rule_name(rule)) for pattern, rule in depth.rules]
+        return [("rule", "axis"), *rules], (
+            "not matched with a tree yet: print(depth.resolve(params)) shows what they match"
+        )
+    groups: dict[tuple[str, str], list[Leaf]] = {}
+    for leaf in depth.leaves:
+        if leaf.place is not None:
+            groups.setdefault((leaf.place.group, leaf.place.found_by), []).append(leaf)
+    alone = [leaf for leaf in depth.leaves if leaf.place is None]
+    rows = [("group", "layers", "axis", "leaves", "parameters", "found by")]
+    for (group, found_by), leaves in groups.items():
+        axes = sorted({leaf.place.axes for leaf in leaves if leaf.place is not None})
+        column = ", ".join(dict.fromkeys(map(_axes_column, axes)))
+        shards = max(leaf.place.shards for leaf in leaves if leaf.place is not None)
+        column += f", in {shards} shards" if shards > 1 else ""
+        rows.append((group, str(depth.groups[group]), column, *_size(leaves), found_by))
+    if not alone:
+        return [*rows], ""
+    rows.append(("left alone", "", "", *_size(alone), ""))
+    return [*rows], f"left alone: {some([str(leaf) for leaf in alone])}"
 
 
 def _check_place(leaf: Leaf) -> None:

@@ -20,6 +20,7 @@ except ModuleNotFoundError as missing:
 from depthsmooth.demo import report, text
 from depthsmooth.demo.results import Results
 from depthsmooth.demo.training import Arm, Config, Experiment, Run
+from depthsmooth.printer import show
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C."""
@@ -108,7 +109,8 @@ def _compare(experiment: Experiment, results: Results, alphas: Sequence[float], 
     """Makes the runs that are missing, then reports."""
     train, validation = len(experiment.text.train), len(experiment.text.validation)
     print(f"Learning from {train:,} bytes, validating on {validation:,}. Smoothed over depth:\n")
-    print(experiment.depth, end="\n\n", flush=True)
+    show(experiment.depth)
+    print(flush=True)
     wanted = [
         (arm, seed)
         for seed in range(seeds)
