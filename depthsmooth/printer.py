@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from depthsmooth.layout import Depth, table_of
 
 if TYPE_CHECKING:
     import rich.console
 
+NUMBERS = ("layers", "leaves", "parameters")
 STYLES = {"group": "cyan", "layers": "bold green", "found by": "dim"}
 
 
 def show(depth: Depth) -> None:
     """Prints a Depth: on a terminal what :func:`pretty` makes, elsewhere ``str(depth)``."""
     if sys.stdout.isatty():
-        try:
+        with contextlib.suppress(ModuleNotFoundError):
             from rich.console import Console
-        except ModuleNotFoundError:
-            pass
-        else:
+
             Console().print(pretty(depth))
             return
     print(depth)
@@ -36,13 +36,8 @@ def pretty(depth: Depth) -> rich.console.Group:
     (heads, *rows), below = table_of(depth)
     table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
     for head in heads:
-        right = head in ("layers", "leaves", "parameters")
-        table.add_column(
-            head,
-            style=STYLES.get(head),
-            justify="right" if right else "left",
-            overflow="fold",
-        )
+        side: Literal["left", "right"] = "right" if head in NUMBERS else "left"
+        table.add_column(head, style=STYLES.get(head), justify=side, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row), style="dim" if row[0] == "left alone" else None)
     return Group(table, Text(f"\n{below}" if below else "", style="dim", overflow="fold"))

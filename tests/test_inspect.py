@@ -1,6 +1,7 @@
 """python -m depthsmooth inspect: every target, every refusal, and no weight that is loaded."""
 
 import io
+import itertools
 import json
 import math
 import os
@@ -207,11 +208,11 @@ def test_a_subtree_below_keys_that_hold_slashes(module, run):
 def test_a_directory_of_several_checkpoints_names_them(tmp_path, run, wrong):
     tree = MODELS["stacked"]
     with ocp.CheckpointManager(tmp_path / "run") as manager:
-        for step in (9, 10):
+        for step in (9, 10, 11):
             save = ocp.args.StandardSave(tree)
             manager.save(step, args=ocp.args.Composite(params=save, state=save))
-    steps = "10/params, 10/state, 9/params, 9/state"
-    assert f"it holds 4 checkpoints: {steps}. Give one of them, like " in wrong(tmp_path / "run")
+    steps = "11/params, 11/state, 10/params, 10/state, 9/params, 9/state"
+    assert f"it holds 6 checkpoints: {steps}. Give one of them, like " in wrong(tmp_path / "run")
     said = wrong(tmp_path / "run" / "10")
     assert "it holds 2 checkpoints: params, state." in said
     assert run(said.split()[-1])[0] == 0
@@ -418,11 +419,10 @@ def test_explain(tmp_path, run, wrong):
 def test_the_lines_of_a_remedy_are_rules_as_they_are(tmp_path, run, monkeypatch):
     """Also where it lists several doubts, and where no rule can say what the truth is."""
     rules, refused = tmp_path / "rules.toml", []
-    for name in TREES:
-        depth, error = found(name, boxed=True)
-        monkeypatch.setattr(
-            "depthsmooth.__main__.read_target", lambda _, name=name: tree_of(name, boxed=True)
-        )
+    for name, boxed in itertools.product(TREES, (True, False)):
+        depth, error = found(name, boxed)
+        tree = tree_of(name, boxed=boxed)
+        monkeypatch.setattr("depthsmooth.__main__.read_target", lambda _, tree=tree: tree)
         status, out, err = run("model")
         if error is None:
             assert (status, out) == (0, f"{depth}\n")
@@ -434,7 +434,7 @@ def test_the_lines_of_a_remedy_are_rules_as_they_are(tmp_path, run, monkeypatch)
             assert list(tomllib.loads(rules.read_text())) == list(error.readings)
             assert run("model", "--rules", rules)[0] == 0, name
             refused.append(name)
-    assert len(refused) > 2
+    assert len(refused) > 10
 
 
 def test_a_remedy_is_added_to_the_rules_that_are_there(module, tmp_path, run):
@@ -595,7 +595,16 @@ def test_a_damaged_array_of_many_is_one_line(tmp_path):
     _, err = (process := command("inspect", tmp_path / "x")).communicate()
     assert process.returncode == 2
     assert err.startswith(f"error: {tmp_path}/x cannot be read: ")
+    assert err.endswith("Invalid JSON\n")
     assert err.count("\n") == 1, err
+
+
+def test_a_checkpoint_takes_no_accelerator(tmp_path, monkeypatch):
+    """A training may hold it. JAX fails where it is to use one that is not there."""
+    save_standard(tmp_path / "x", MODELS["stacked"])
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    out, err = (process := command("inspect", tmp_path / "x")).communicate()
+    assert (process.returncode, out, err) == (0, f"{ds.find_depth(MODELS['stacked'])}\n", "")
 
 
 SHAPE, SCALE = (48, 5120, 10240), (48, 5120)
