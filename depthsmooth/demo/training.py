@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from depthsmooth import smooth_over_depth, trace_depth
+from depthsmooth import depth_metrics, smooth_over_depth, trace_depth
 from depthsmooth.demo.model import Transformer
 from depthsmooth.demo.text import Text
 from depthsmooth.places import path_string
@@ -176,23 +176,13 @@ class Experiment:
             smooth = smooth_over_depth(alpha, depth=self.depth)
             gradients = jax.grad(self.loss)(params, windows)
             updates, _ = self.preconditioner.update(gradients, state[0], params)
-            before = self._by_layer(updates)
-            after = self._by_layer(smooth.update(updates, smooth.init(params))[0])
-            shrink = jnp.linalg.norm(after) / jnp.linalg.norm(before)
-            return shrink, _neighbour_cosine(before), _neighbour_cosine(after)
+            [before] = depth_metrics(updates, self.depth).values()
+            smoothed, _ = smooth.update(updates, smooth.init(params))
+            [after] = depth_metrics(smoothed, self.depth).values()
+            shrink = jnp.linalg.norm(after.norms) / jnp.linalg.norm(before.norms)
+            return shrink, before.cosines, after.cosines
 
         return jax.jit(observe)
-
-    def _by_layer(self, updates: optax.Updates) -> jax.Array:
-        """The updates of each layer as one vector: shape (layers, parameters per layer)."""
-        return jnp.concatenate(
-            [
-                jnp.moveaxis(leaf, self.depth[path].axes[0], 0).reshape(self.config.layers, -1)
-                for keys, leaf in jax.tree_util.tree_leaves_with_path(updates)
-                if (path := path_string(keys)) in self.depth
-            ],
-            axis=1,
-        )
 
     def run(self, arm: Arm, seed: int, shrink: float = 1.0) -> Iterator[float | Run]:
         """Trains; yields the loss of each step and, last, the :class:`Run`."""
@@ -228,12 +218,6 @@ class Experiment:
             cosine_before=before.tolist(),
             cosine_after=after.tolist(),
         )
-
-
-def _neighbour_cosine(layers: jax.Array) -> jax.Array:
-    """Cosine of each row with the next: shape (rows - 1,)."""
-    units = layers / jnp.linalg.norm(layers, axis=1, keepdims=True)
-    return jnp.sum(units[:-1] * units[1:], axis=1)
 
 
 def _matrices(params: optax.Params) -> optax.Params:
