@@ -10,20 +10,19 @@ import matplotlib.ticker
 import numpy as np
 import rich.box
 import rich.table
-import scipy.stats
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from depthsmooth import window
 from depthsmooth.demo.results import replacing
 from depthsmooth.demo.training import Arm, Run
+from depthsmooth.plot import COLOURS, interval
 from depthsmooth.stencil import apply
 
 Runs = Mapping[tuple[Arm, int], Run]
 ADAMW = Arm()
-BLUE = "#0072B2"
-COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""AdamW is blue; all are told apart by every kind of colour vision (Okabe and Ito)."""
+BLUE, *OTHERS = COLOURS
+"""AdamW's colour, and those of its variants."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +51,8 @@ class Difference:
     def between(cls, ours: Sequence[float], theirs: Sequence[float]) -> "Difference":
         """The difference ours − theirs, seed by seed."""
         pairs = np.subtract(ours, theirs)
-        low, high = _interval(pairs) if len(pairs) > 1 else (None, None)
+        low, high = map(float, interval(pairs)) if len(pairs) > 1 else (None, None)
         return cls(float(pairs.mean()), low, high, int((pairs < 0).sum()), len(pairs))
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % t-interval of the mean of two or more. Identical values are their own interval."""
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
-    interval = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    return float(interval.low), float(interval.high)
 
 
 class Report:
@@ -200,15 +191,15 @@ class Report:
             axes.plot(steps, pairs.mean(axis=0), _line(arm), color=colour, label=self.name(arm))
             if len(pairs) < 2:
                 continue
-            intervals = np.array([_interval(column) for column in pairs.T])
+            low, high = interval(pairs)
             if arm.control:
-                axes.plot(steps, intervals, ":", color=colour, linewidth=1)
+                axes.plot(steps, np.transpose([low, high]), ":", color=colour, linewidth=1)
             else:
-                axes.fill_between(steps, *intervals.T, color=colour, alpha=0.2, linewidth=0)
+                axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.axhline(0, color="black", linewidth=0.8)
-        interval = ", 95 % interval over seeds" if len(self.seeds) > 1 else ""
+        band = ", 95 % interval over seeds" if len(self.seeds) > 1 else ""
         axes.set(
-            title=f"Difference to AdamW{interval}",
+            title=f"Difference to AdamW{band}",
             xlabel="step, second half",
             ylabel="nats per byte (below 0 is better)",
         )
@@ -287,7 +278,7 @@ def _conclusion(plain: Difference, fair: Difference) -> str:
 def _colours(arms: Sequence[Arm]) -> list[str]:
     """A control has the colour of the smoothing it is the control of."""
     alphas = list(dict.fromkeys(arm.alpha for arm in arms if arm.alpha))
-    return [COLOURS[alphas.index(arm.alpha) % len(COLOURS)] if arm.alpha else BLUE for arm in arms]
+    return [OTHERS[alphas.index(arm.alpha) % len(OTHERS)] if arm.alpha else BLUE for arm in arms]
 
 
 def _line(arm: Arm) -> str:
