@@ -7,18 +7,14 @@ with every kind of colour vision and in grey.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import cycle
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from depthsmooth.layout import Depth
 from depthsmooth.operators import Operator, operator_matrix
-from depthsmooth.places import Place, common_path
-from depthsmooth.track import Leaf, Track
 
 try:
     import scipy.fft
@@ -29,6 +25,8 @@ try:
     from matplotlib.axis import Axis
     from matplotlib.colors import to_rgb
     from matplotlib.image import AxesImage
+
+    from depthsmooth.rows import Row, rows_of
 except ModuleNotFoundError as missing:
     raise ImportError(
         f"depthsmooth.plot needs {missing.name}, of the extra: python -m pip install -e '.[plot]'"
@@ -53,6 +51,7 @@ SMALL = 8
 """Size in points of labels of which there are many; any smaller is not legible in print."""
 SQUARE = (7.6, 6)
 """Size in inches of a figure for a matrix and its colour bar."""
+WRITTEN = {"group": {"fontweight": "bold"}, "tensor": {}, "left alone": {"color": GREY}}
 LUMA = (0.299, 0.587, 0.114)
 """What red, green and blue add to the lightness of a colour."""
 
@@ -92,7 +91,7 @@ def depth(depth: Depth, *, ax: Axes | None = None) -> Axes:
             "trace_depth(fn, params, batch), find_depth(params) or rules.resolve(params)."
         )
     most = 60 if ax is None else int(_size(ax)[1] / (1.3 * SMALL))
-    rows = _rows(depth, _together(depth.tracks, most - len(_rows(depth, []))))
+    rows = rows_of(depth, most)
     ax = _axes(ax, (8, 0.19 * max(len(rows), 4) + 0.8))
     letters = int(_size(ax)[0] / (1.25 * SMALL))
     labels = [_shortened(row.label, letters) for row in rows]
@@ -103,7 +102,7 @@ def depth(depth: Depth, *, ax: Axes | None = None) -> Axes:
         side.tick_params("y", length=0)
         side.spines[:].set_visible(False)
         for label, row in zip(side.get_yticklabels(), rows, strict=True):
-            label.set(parse_math=False, **row.style)  # patterns hold $
+            label.set(parse_math=False, **WRITTEN[row.kind])  # patterns hold $
     for y, row in enumerate(rows):
         _draw_layers(ax, y, row)
     ax.spines["bottom"].set_visible(True)
@@ -320,84 +319,18 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean - half, mean + half
 
 
-class _Row(NamedTuple):
-    """A line of a layout: a group's name, tensors laid out alike, or leaves left alone."""
-
-    label: str
-    note: str
-    style: dict[str, str]
-    colour: str = ""
-    places: tuple[Place, ...] = ()
-
-
-def _rows(depth: Depth, tensors: Sequence[Sequence[Track]]) -> list[_Row]:
-    rows = []
-    for (group, layers), colour in zip(depth.groups.items(), cycle(COLOURS)):
-        rows.append(_Row(group, f"{layers} layers", {"fontweight": "bold"}))
-        for tracks in tensors:
-            if tracks[0].group == group:
-                places = tracks[0].places
-                leaves = [leaf for track in tracks for leaf in track.leaves]
-                note = f"{_axes_of(places)}, {_parameters(leaves)}"
-                rows.append(_Row(_name(tracks), note, {}, colour, places))
-    alone = [leaf for leaf in depth.leaves if leaf.place is None]
-    most = 3 if len(alone) > 4 else 4
-    shown = [(leaf.path, [leaf]) for leaf in alone[:most]]
-    rest = [(f"and {len(alone) - most} more", alone[most:])] if alone[most:] else []
-    for label, leaves in shown + rest:
-        rows.append(_Row(label, f"left alone, {_parameters(leaves)}", {"color": GREY}))
-    return rows
-
-
-def _together(tracks: Sequence[Track], most: int) -> list[list[Track]]:
-    """Tracks by row: those in the smallest containers that leave at most so many rows."""
-    tensors = [track.places[0].tensor.split("/") for track in tracks]
-    for length in range(max(map(len, tensors)), -1, -1):
-        rows: dict[Hashable, list[Track]] = {}
-        for track, keys in zip(tracks, tensors, strict=True):
-            layout = tuple((place.axes, place.layers) for place in track.places)
-            rows.setdefault((track.group, layout, *keys[:length]), []).append(track)
-        if len(rows) <= most:
-            break
-    return list(rows.values())
-
-
-def _name(tracks: Sequence[Track]) -> str:
-    """The path of a tensor, or of a container with the number of its tensors, in the group."""
-    tensors = [track.places[0].tensor for track in tracks]
-    many = f"{common_path(tensors)}/* ({len(tensors)})".removeprefix("/")
-    name = tensors[0] if len(tensors) == 1 else many
-    return name.removeprefix(f"{tracks[0].group}/")
-
-
-def _axes_of(places: Sequence[Place]) -> str:
-    names = dict.fromkeys(
-        f"{'axes' if len(place.axes) > 1 else 'axis'} {'×'.join(map(str, place.axes))}"
-        if place.axes
-        else "own leaf"
-        for place in places
-    )
-    stacks = sum(bool(place.axes) for place in places)
-    return ", ".join([*names, *([f"{stacks} stacks"] if stacks > 1 else [])])
-
-
-def _parameters(leaves: Sequence[Leaf]) -> str:
-    count = sum(math.prod(leaf.shape) for leaf in leaves)
-    return ticker.EngFormatter(places=1)(count) if count >= 1000 else str(count)
-
-
-def _draw_layers(ax: Axes, y: int, row: _Row) -> None:
+def _draw_layers(ax: Axes, y: int, row: Row) -> None:
     """A bar for each run of layers that a leaf holds; a string where other layers are between."""
-    bars, shades = [], []
+    bars, shades, colour = [], [], COLOURS[row.group % len(COLOURS)]
     stacks = [place for place in row.places if place.axes]
     for place in row.places:
         dark = 1 - 0.65 * stacks.index(place) / max(len(stacks) - 1, 1) if place.axes else 1
         layers = np.sort(place.layers)
         runs = np.split(layers, np.flatnonzero(np.diff(layers) > 1) + 1)
         bars += [(run[0] - 0.4, len(run) - 0.2) for run in runs]
-        shades += [1 - dark * (1 - np.array(to_rgb(row.colour)))] * len(runs)
+        shades += [1 - dark * (1 - np.array(to_rgb(colour)))] * len(runs)
         if len(runs) > 1:
-            ax.hlines(y, layers[0], layers[-1], row.colour, linewidth=1, zorder=0.5)
+            ax.hlines(y, layers[0], layers[-1], colour, linewidth=1, zorder=0.5)
     ax.broken_barh(bars, (y - 0.4, 0.8), facecolors=shades, snap=False)
 
 
