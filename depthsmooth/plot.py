@@ -23,6 +23,7 @@ try:
     from matplotlib import ticker
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
+    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import to_rgb
     from matplotlib.image import AxesImage
 
@@ -180,18 +181,20 @@ def gain(operators: Mapping[str, Operator], layers: int, *, ax: Axes | None = No
     return ax
 
 
-def similarity(cosines: ArrayLike, *, ax: Axes | None = None) -> Axes:
+def similarity(cosines: ArrayLike, *, limit: float = 1.0, ax: Axes | None = None) -> Axes:
     """Cosines between the updates of all layers. What is NaN stays white.
 
     Args:
       cosines: of shape (L, L).
+      limit: the cosine from which on, up and down, colours stay the same: a low one shows small
+        differences.
       ax: where to draw; None makes a figure.
 
     Returns:
       The Axes.
 
     Raises:
-      ValueError: if the shape is another, or the values are no cosines.
+      ValueError: if the shape is another, or the values or the limit are no cosines.
 
     Example:
       >>> from depthsmooth import plot
@@ -202,24 +205,27 @@ def similarity(cosines: ArrayLike, *, ax: Axes | None = None) -> Axes:
     """
     values = _cosines(cosines, ("L", "L"), "of every layer with every layer")
     ax = _axes(ax, SQUARE)
-    _heat_map(ax, values, "cividis", 1, "cosine")
+    _heat_map(ax, values, "cividis", _limit(limit), "cosine")
     ax.set(xlabel="layer", ylabel="layer")
     return ax
 
 
-def similarity_over_time(steps: ArrayLike, cosines: ArrayLike, *, ax: Axes | None = None) -> Axes:
+def similarity_over_time(
+    steps: ArrayLike, cosines: ArrayLike, *, limit: float = 1.0, ax: Axes | None = None
+) -> Axes:
     """Cosines between the updates of neighbouring layers in training. What is NaN stays white.
 
     Args:
       steps: of shape (times,), increasing; uneven ones as wide as they are apart.
       cosines: of shape (times, L-1).
+      limit: the cosine from which on, up and down, colours stay the same.
       ax: where to draw; None makes a figure.
 
     Returns:
       The Axes.
 
     Raises:
-      ValueError: if the shapes are others, or the values are no cosines.
+      ValueError: if the shapes are others, or the values or the limit are no cosines.
 
     Example:
       >>> from depthsmooth import plot
@@ -233,8 +239,10 @@ def similarity_over_time(steps: ArrayLike, cosines: ArrayLike, *, ax: Axes | Non
     values = _cosines(cosines, shape, "a row for each step, a column for each two neighbours")
     ax = _axes(ax)
     edges = np.arange(values.shape[1] + 1) - 0.5
-    mesh = ax.pcolormesh(_edges(times), edges, values.T, cmap="cividis", vmin=-1, vmax=1)
-    ax.figure.colorbar(mesh, ax=ax, label="cosine")
+    mesh = ax.pcolormesh(
+        _edges(times), edges, values.T, cmap="cividis", vmin=-_limit(limit), vmax=limit
+    )
+    _colour_bar(ax, mesh, values, "cosine")
     ax.set(xlabel="step", ylabel="ℓ, of layers ℓ and ℓ + 1")
     _count_on(ax.yaxis)
     return ax
@@ -266,6 +274,9 @@ def spectrum(powers: Mapping[str, ArrayLike], *, ax: Axes | None = None) -> Axes
     positive = {name: np.where(power > 0, power, np.nan) for name, power in arrays.items()}
     ax = _axes(ax)
     ax.set_yscale("log")
+    ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(ticker.NullFormatter())
     return _over_frequency(ax, positive, "power")
 
 
@@ -342,10 +353,18 @@ def _shortened(text: str, letters: int) -> str:
 
 def _heat_map(ax: Axes, values: np.ndarray, cmap: str, limit: float, label: str) -> AxesImage:
     image = ax.imshow(values, cmap, vmin=-limit, vmax=limit, interpolation="nearest")
-    ax.figure.colorbar(image, ax=ax, label=label)
+    _colour_bar(ax, image, values, label)
     _count_on(ax.xaxis)
     _count_on(ax.yaxis)
     return image
+
+
+def _colour_bar(ax: Axes, image: ScalarMappable, values: np.ndarray, label: str) -> None:
+    """With points at its ends where values are beyond them."""
+    low, high = image.get_clim()
+    beyond = bool((values < low).any()), bool((values > high).any())
+    extend = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[beyond]
+    ax.figure.colorbar(image, ax=ax, label=label, extend=extend)
 
 
 def _write_entries(ax: Axes, image: AxesImage, matrix: np.ndarray) -> None:
@@ -411,6 +430,12 @@ def _cosines(cosines: ArrayLike, shape: Shape, remedy: str) -> np.ndarray:
     if (np.abs(values) > 1.01).any():
         raise ValueError("cosines are beyond -1 and 1: divide by the norms of both updates.")
     return values
+
+
+def _limit(limit: float) -> float:
+    if not 0 < limit <= 1:
+        raise ValueError(f"limit is {limit}, but has to be a cosine above 0, up to 1.")
+    return limit
 
 
 def _array(name: str, values: ArrayLike, shape: Shape, remedy: str) -> np.ndarray:

@@ -437,3 +437,32 @@ except ImportError as error:
     ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert ran.stdout.startswith(f"depthsmooth.plot needs {missing}")
     assert ran.stdout.endswith(", of the extra: python -m pip install -e '.[plot]'\n")
+
+
+def test_a_limit_shows_small_cosines():
+    """Colours end at it, and the bar says that values are beyond."""
+    matrix = [[1, 0.1], [0.1, np.nan]]
+    drawn = plot.similarity(matrix, limit=0.2, ax=ax_of())
+    assert drawn.images[0].get_clim() == (-0.2, 0.2)
+    assert drawn.images[0].colorbar.extend == "max"
+    drawn = plot.similarity_over_time([0, 1], [[-0.5], [0.5]], limit=0.4, ax=ax_of())
+    assert drawn.collections[0].get_clim() == (-0.4, 0.4)
+    assert drawn.collections[0].colorbar.extend == "both"
+    assert plot.similarity(matrix, ax=ax_of()).images[0].colorbar.extend == "neither"
+    for limit in (0, -1, 1.5, np.nan):
+        with pytest.raises(ValueError, match="limit is .* but has to be a cosine above 0"):
+            plot.similarity(matrix, limit=limit, ax=ax_of())
+
+
+@pytest.mark.parametrize("low", [0.4, 1e-3, 1e-9])
+def test_powers_have_labels_however_far_apart(low):
+    drawn = plot.spectrum({"before": [1.0, 0.7, low]}, ax=ax_of())
+    drawn.figure.canvas.draw()
+    bottom, top = drawn.get_ylim()
+    at = [
+        label.get_text()
+        for label in drawn.get_yticklabels()
+        if bottom <= label.get_position()[1] <= top
+    ]
+    assert len(at) >= 2
+    assert all(float(text) > 0 for text in at)
