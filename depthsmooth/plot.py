@@ -274,9 +274,11 @@ def spectrum(powers: Mapping[str, ArrayLike], *, ax: Axes | None = None) -> Axes
     positive = {name: np.where(power > 0, power, np.nan) for name, power in arrays.items()}
     ax = _axes(ax)
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    together = np.concatenate(list(positive.values()))
+    if np.nanmax(together, initial=0) < 100 * np.nanmin(together, initial=np.inf):
+        ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))  # powers of ten are too few
+        ax.yaxis.set_minor_formatter(ticker.NullFormatter())
     ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter(ticker.NullFormatter())
     return _over_frequency(ax, positive, "power")
 
 
