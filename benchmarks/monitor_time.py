@@ -2,13 +2,15 @@
 
 ``python -m benchmarks.monitor_time`` times ten training steps of the demo, smoothed, without and
 with a monitor, in turn: one that measures in every step, every tenth, and every tenth all layers
-with all others. It prints medians and quartiles of the ratios within pairs, and writes
+with all others. It also times a measurement by itself, against ten steps, whose ratio noise hides
+less. It prints medians and quartiles of the ratios within pairs, and writes
 ``results/monitor_time.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import Any
 
 import jax
@@ -67,6 +69,13 @@ def measure(rounds: int) -> list[Row]:
     for name, keywords in tqdm.tqdm(MONITORS.items(), unit="case", leave=False):
         monitored = optax.chain(ds.monitor_depth(demo.depth, **keywords), plain)
         (one, first), (other, second) = steps(demo, plain), steps(demo, monitored)
+        rows.append({"monitor": name, **summary(pairs(one, other, rounds), [first, second])})
+    updates = demo.init(1)
+    for name, full in {"one measurement": False, "one measurement, full": True}.items():
+        one, first = steps(demo, plain)
+        measured = functools.partial(ds.depth_metrics, depth=demo.depth, full=full)
+        second = compiled(measured, updates)
+        other = functools.partial(second[0], updates)
         rows.append({"monitor": name, **summary(pairs(one, other, rounds), [first, second])})
     return rows
 

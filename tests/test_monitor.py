@@ -1,6 +1,8 @@
 """monitor_depth: passes updates through, measures when it should, and is found wherever it is."""
 
 import functools
+import pathlib
+import re
 
 import chex
 import flax.serialization
@@ -38,7 +40,7 @@ def assert_read(state, expected):
 @pytest.mark.parametrize(
     "keywords",
     [{}, {"by": "tensor"}, {"full": True}, {"where": ds.projections, "by": "tensor"}],
-    ids=str,
+    ids=["plain", "by tensor", "full", "where"],
 )
 def test_keeps_what_depth_metrics_measures(keywords):
     tx = ds.monitor_depth(DEPTH, **keywords)
@@ -360,3 +362,16 @@ def test_every_may_be_injected():
     for step in range(3):
         _, state = tx.update(tree(step), state)
         assert_read(state, measured(tree(step - step % 2)))
+
+
+def test_the_page_on_metrics(capsys):
+    """Its code as it stands, for layers of 64 numbers that have nothing in common."""
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    [printed] = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    params = {"layers": jnp.zeros((12, 64))}
+    names = {"ds": ds, "optax": optax, "params": params}
+    names["gradients"] = {"layers": jax.random.normal(jax.random.key(1), (12, 64))}
+    names["depth"] = ds.Depth.from_rules({"layers": 0})
+    exec(code, names)
+    assert capsys.readouterr().out == printed
