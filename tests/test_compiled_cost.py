@@ -76,7 +76,8 @@ def test_metrics_read_each_update_once_and_keep_nothing(target, dtype):
 @pytest.mark.parametrize("layout", ["split, auto", "split, manual"])
 def test_metrics_of_split_layers_send_one_layer(target, layout, dtype):
     """Or each shard to those before it, to compare every layer with every other."""
-    for variant, passing in {"neighbours": 0, "full": compiled_cost.STAGES - 1}.items():
+    variants = {"neighbours": 0} | ({"full": compiled_cost.STAGES - 1} if target == "h100" else {})
+    for variant, passing in variants.items():  # the compiler for TPU takes half a minute for it
         row = compiled_cost.measure(target, layout, dtype, "metrics", variant)
         elements = {kind: about["elements"] for kind, about in row["sent"].items()}
         assert elements.pop("collective-permute") == pytest.approx(1 / HELD + passing, rel=2e-3)
@@ -158,5 +159,5 @@ def test_recorded_figures_hold(target):
         pytest.skip(f"recorded with {recorded['compiler']}, here is {targets.version(target)}")
     for row in recorded["rows"][::9]:
         case = [row[name] for name in ("target", "layout", "dtype", "step", "variant")]
-        if case[3] != "muon":
+        if case[3] not in ("muon", "metrics"):  # which take long to compile
             assert compiled_cost.measure(*case) == row
