@@ -127,3 +127,11 @@ def test_the_ratios_in_the_documentation_are_what_was_measured():
     assert f"and up to {max(ratios['optimizer']):.1f} times where it does not" in page.replace(
         "\n", " "
     )
+
+
+def test_the_time_of_a_measurement_in_the_documentation_is_what_was_measured():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    rows = results.read("monitor_time")["rows"]
+    ratios = {row["monitor"]: f"{100 * row['ratio']:.2f} %" for row in rows}
+    assert f"takes {ratios['one measurement']} of the time of ten steps" in page
+    assert f"or {ratios['one measurement, full']}\nwith `full=True`" in page
