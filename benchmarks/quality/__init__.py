@@ -1,0 +1,1 @@
+"""Does it help? Trained models, with controls and seeds: ``python -m benchmarks.quality TASK``."""

@@ -1,0 +1,121 @@
+"""Command line: makes the runs of a task that are missing, and adds each to its file."""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+
+import tqdm
+
+from benchmarks import results
+from benchmarks.quality import plan, workers
+from benchmarks.quality.arms import Arm
+from benchmarks.quality.runs import Results, Run
+
+INTERRUPTED = 130
+"""The exit status after Ctrl-C."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Makes the missing runs of a task, or repeats one; returns the exit status."""
+    options = _parser()
+    given = options.parse_args(arguments)
+    source = plan.Source(given.task, given.text, given.cifar100)
+    try:
+        task = plan.build(source)
+        if given.arm:
+            size = given.layers or task.layers, given.steps or task.steps
+            run = Run(*size, Arm.named(given.arm), given.rate, given.seed, given.observe)
+            return _repeat(source, run)
+        kept = Results(_directory(given) / f"{source.name}.jsonl", task.data)
+    except ValueError as error:
+        options.error(str(error))
+    return _fill(source, kept, given.quick, given.workers)
+
+
+def _repeat(source: plan.Source, run: Run) -> int:
+    """Prints the line of one run."""
+    with workers.pool(1) as pool:
+        print(json.dumps({**run.to_json(), **pool.submit(workers.line, source, run).result()}))
+    return 0
+
+
+def _fill(source: plan.Source, kept: Results, quick: bool, processes: int) -> int:
+    """Makes the runs that are missing, on all workers."""
+    studies = plan.studies(source.task, quick)
+    total = sum(study.expected() for study in studies)
+    print(f"{source.name}: {len(kept.lines)} of about {total} runs are in {kept.path}.")
+    with (
+        workers.pool(processes) as pool,
+        tqdm.tqdm(total=total, initial=len(kept.lines), unit="run") as bar,
+    ):
+        while missing := sorted(
+            {run for study in studies for run in study.missing(kept)}, key=_program
+        ):
+            futures = {pool.submit(workers.line, source, run): run for run in missing}
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    kept.add(futures[future], future.result())
+                    bar.set_postfix_str(str(futures[future].arm), refresh=False)
+                    bar.update()
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                print(f"\nInterrupted: {len(kept.lines)} runs are kept. The same command goes on.")
+                return INTERRUPTED
+    print(f"All runs are in {kept.path}: python -m benchmarks.report makes RESULTS.md of them.")
+    return 0
+
+
+def _program(run: Run) -> tuple[object, ...]:
+    """Runs of the same program follow one another: it is compiled when the first of them begins."""
+    return run.layers, run.steps, run.observed, run.arm.kind, run.rate, run
+
+
+def _directory(given: argparse.Namespace) -> pathlib.Path:
+    out: pathlib.Path | None = given.out
+    return out or results.DIRECTORY / ("quick" if given.quick else "quality")
+
+
+def _parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["time that the kept results took:", *_times()]),
+    )
+    add = options.add_argument
+    add("task", choices=plan.TASKS)
+    add("--quick", action="store_true", help="a small model and few seeds: does it run?")
+    add(
+        "--workers", type=int, default=os.cpu_count(), help="runs at a time, all cores if not given"
+    )
+    add("--out", type=pathlib.Path, help="directory of the results, benchmarks/results/quality")
+    add("--text", type=pathlib.Path, help="text: a file or directory, not the standard library")
+    add("--cifar100", type=pathlib.Path, help="digits: the directory of CIFAR-100's python files")
+    one = options.add_argument_group("one run alone, whose line is printed and not kept")
+    one.add_argument("--arm", help="such as adamw/standard/proj/0.2/shuffled")
+    one.add_argument("--rate", type=float, default=1.0, help="factor of the learning rate")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--layers", type=int)
+    one.add_argument("--steps", type=int)
+    one.add_argument(
+        "--observe", action="store_true", help="measure updates and hidden states, too"
+    )
+    return options
+
+
+def _times() -> Iterator[str]:
+    for path in sorted((results.DIRECTORY / "quality").glob("*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        hours = sum(line["seconds"] for line in lines) / 3600
+        yield f"  {path.stem:10} {hours:.1f} hours of one core, {len(lines)} runs"
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.exit(status)

@@ -1,0 +1,127 @@
+"""What is compared in each task: its models, arms and seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable, Iterable
+
+from benchmarks.quality.arms import Arm, Base, Scope
+from benchmarks.quality.reversal import Reversal
+from benchmarks.quality.studies import Study
+from benchmarks.quality.task import Task
+from benchmarks.quality.text import Text
+from depthsmooth.transform import Variant
+
+TASKS: dict[str, Callable[..., Task]] = {"reversal": Reversal, "text": Text}
+ALPHAS = (0.05, 0.1, 0.2, 0.35, 0.5)
+BASES: tuple[Base, ...] = ("adamw", "sgd", "muon")
+VARIANTS: tuple[Variant, ...] = ("standard", "norm_preserving", "directional")
+SCOPES: tuple[Scope, ...] = ("full", "proj")
+PUBLISHED = (
+    Arm("adamw"),
+    *(
+        arm
+        for alpha in (0.2, 0.5)
+        for arm in (
+            Arm("adamw", scope="proj", alpha=alpha),
+            *Arm("adamw", scope="proj", alpha=alpha).controls,
+        )
+    ),
+)
+DEPTHS = (4, 8, 16, 32, 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A task and the data that its options name, for any process to build.
+
+    Attributes:
+      task: its name.
+      text: a file or directory to learn from, in ``text``.
+      cifar100: the directory with the python files of CIFAR-100, for ``digits``.
+    """
+
+    task: str
+    text: pathlib.Path | None = None
+    cifar100: pathlib.Path | None = None
+
+    @property
+    def name(self) -> str:
+        """What its results are kept under."""
+        return "cifar100" if self.cifar100 else self.task
+
+    def options(self) -> str:
+        """The options that name it."""
+        paths = {"--text": self.text, "--cifar100": self.cifar100}
+        return " ".join([self.task, *(f"{key} {path}" for key, path in paths.items() if path)])
+
+
+@functools.cache
+def build(source: Source, layers: int | None = None, steps: int | None = None) -> Task:
+    """The task, of its own size if none is given."""
+    given = {"layers": layers, "steps": steps, "text": source.text, "cifar100": source.cifar100}
+    return TASKS[source.task](**{key: value for key, value in given.items() if value})
+
+
+def studies(task: str, quick: bool = False) -> list[Study]:
+    """What is run for a task."""
+    return _quick() if quick else list(_STUDIES[task]())
+
+
+def _quick() -> list[Study]:
+    """So small that it shows nothing but that it runs."""
+    arms = Arm("adamw"), Arm("adamw", alpha=0.2)
+    return [Study("quick", 4, 10, arms, rates=(0.5, 1.0), tuning=(100,), test=(0, 1))]
+
+
+def _reversal() -> Iterable[Study]:
+    yield Study("published", 24, 200, PUBLISHED, rates=(1.0,))
+    yield Study("published", 48, 100, PUBLISHED, rates=(1.0,))
+    arms = [arm for base in BASES for arm in _grid(base)]
+    yield Study("grid", 24, 200, tuple(arms), untuned=tuple(_grid("adamw")), swept=True)
+    yield from _depths(200)
+    yield _mechanism(24, 200)
+
+
+def _text() -> Iterable[Study]:
+    arms = [arm for base in BASES for arm in _selection(base)]
+    yield Study("grid", 16, 300, tuple(arms), untuned=tuple(_selection("adamw")), swept=True)
+    yield from _depths(150)
+    yield _mechanism(16, 300)
+
+
+def _depths(steps: int) -> Iterable[Study]:
+    arms = tuple(Arm("adamw", alpha=alpha) for alpha in (0, 0.1, 0.2, 0.5))
+    for layers in DEPTHS:
+        yield Study("depth", layers, steps, arms)
+
+
+def _mechanism(layers: int, steps: int) -> Study:
+    """At one learning rate: what is applied must not differ in anything else."""
+    arm = Arm("adamw", alpha=0.2)
+    arms = arm.plain, arm, *arm.controls
+    return Study("mechanism", layers, steps, arms, rates=(1.0,), observed=True)
+
+
+def _grid(base: Base) -> Iterable[Arm]:
+    """All of alpha, variant and scope, and controls of the published variant and scope."""
+    yield Arm(base)
+    for alpha, variant, scope in itertools.product(ALPHAS, VARIANTS, SCOPES):
+        yield Arm(base, variant, scope, alpha)
+    for alpha in ALPHAS:
+        yield from Arm(base, scope="proj", alpha=alpha).controls
+
+
+def _selection(base: Base) -> Iterable[Arm]:
+    """All of alpha; the other variants and scope at one, with controls of that alpha."""
+    yield from (Arm(base, alpha=alpha) for alpha in (0.0, *ALPHAS))
+    yield Arm(base, scope="proj", alpha=0.2)
+    yield Arm(base, "norm_preserving", alpha=0.2)
+    yield Arm(base, "directional", alpha=0.2)
+    yield from Arm(base, alpha=0.2).controls
+
+
+_STUDIES = {"reversal": _reversal, "text": _text}
