@@ -59,8 +59,8 @@ class Results:
       lines: from each run to its line.
     """
 
-    def __init__(self, path: pathlib.Path, data: str = "") -> None:
-        """Reads the file, if there is one.
+    def __init__(self, path: pathlib.Path, data: str | None = None) -> None:
+        """Reads the file, if there is one; of any data if none is given.
 
         Raises:
           ValueError: if it is no such file, or of other data.
@@ -78,7 +78,7 @@ class Results:
                     f"{path}, line {number}, is no result ({error!r}): remove it, or name another "
                     "directory with --out."
                 ) from None
-            if line["data"] != data:
+            if data not in (None, line["data"]):
                 raise ValueError(
                     f"{path} holds results of other data: name another directory with --out."
                 )

@@ -1,0 +1,1 @@
+"""What the results say: ``python -m benchmarks.report`` writes RESULTS.md and its pictures."""
