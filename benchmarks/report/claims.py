@@ -12,13 +12,16 @@ from benchmarks.quality.arms import Arm, Base
 from benchmarks.report.evidence import LOSS, Curves, Evidence, Measure, last, mean
 from benchmarks.report.statistics import Comparison, Verdict, corrected, judged, overall
 
+LINE_SHAPE = mean("line_shape_score")
 REQUIRED = ("retuned", "shuffled")
 """What smoothing has to beat: the base optimizer at its own best rate, and layers out of order."""
-OPPONENTS = (*REQUIRED, "shrunk", "mean")
+CONTROLS = ("shuffled", "shrunk", "mean")
+OPPONENTS = ("untuned", "retuned", *CONTROLS)
+"""The first is the base optimizer at the task's own rate, with smoothing at the same rate."""
 
 
-Values = Mapping[str, np.ndarray]
-"""Of ``"ours"`` and of the opponents, each of shape ``(seeds,)``."""
+Pair = tuple[np.ndarray, np.ndarray]
+"""What was measured of smoothing, and of an opponent, each of shape ``(seeds,)``."""
 
 
 class Trial(NamedTuple):
@@ -27,13 +30,13 @@ class Trial(NamedTuple):
     Attributes:
       setting: where.
       arm: the smoothing that was tested.
-      values: what was measured.
-      scale: what a gain is a share of; what was measured for the base if it is not given.
+      pairs: with each opponent.
+      scale: what a gain is a share of; the opponent's if it is not given.
     """
 
     setting: str
     arm: Arm
-    values: Values
+    pairs: Mapping[str, Pair]
     scale: float | None = None
 
 
@@ -57,6 +60,12 @@ class Finding:
     def verdict(self) -> Verdict:
         """Of those comparisons that have to be won."""
         return judged([self.comparisons[name] for name in REQUIRED])
+
+    @property
+    def beats_all(self) -> bool:
+        """Whether it is better than the retuned base and all controls."""
+        opponents = [each for name, each in self.comparisons.items() if name != "untuned"]
+        return all(each.better for each in opponents)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +114,8 @@ def claims(evidence: Sequence[Evidence]) -> list[Claim]:
         ),
         _claim(
             "More help for deeper networks",
-            "growth of the final held-out loss from the fewest to the most layers, by a line through "
-            "all",
+            "growth of the final held-out loss from the fewest to the most layers, by a line through"
+            " all",
             [_deeper(task, each) for task, each in depths.items()],
         ),
         _claim(
@@ -134,40 +143,43 @@ def claims(evidence: Sequence[Evidence]) -> list[Claim]:
 
 def _claim(title: str, measured: str, trials: Sequence[Trial]) -> Claim:
     """Compares, and corrects for the number of comparisons."""
-    pairs = [
-        (trial, name, Comparison.between(trial.values["ours"], trial.values[name], trial.scale))
+    compared = [
+        (trial, name, Comparison.between(*pair, trial.scale))
         for trial in trials
-        for name in OPPONENTS
-        if name in trial.values
+        for name, pair in trial.pairs.items()
     ]
-    fair = corrected([comparison for _, _, comparison in pairs])
+    fair = corrected([comparison for _, _, comparison in compared])
     findings = []
     for trial in trials:
         comparisons = {
             name: comparison
-            for (of, name, _), comparison in zip(pairs, fair, strict=True)
+            for (of, name, _), comparison in zip(compared, fair, strict=True)
             if of is trial
         }
-        ours = float(np.mean(trial.values["ours"]))
-        findings.append(Finding(trial.setting, trial.arm, ours, comparisons))
+        ours, _ = trial.pairs["retuned"]
+        findings.append(Finding(trial.setting, trial.arm, float(ours.mean()), comparisons))
     return Claim(title, measured, findings)
 
 
-def _against(arm: Arm, values: Callable[[Arm], np.ndarray]) -> Values:
-    """Of an arm, its base optimizer and its controls."""
-    controls = {control.control: values(control) for control in arm.controls}
-    return {"ours": values(arm), "retuned": values(arm.plain), **controls}
+def _against(arm: Arm, values: Callable[[Arm], np.ndarray]) -> dict[str, Pair]:
+    """An arm with its base optimizer and with its controls."""
+    controls = {control.control: (values(arm), values(control)) for control in arm.controls}
+    return {"retuned": (values(arm), values(arm.plain)), **controls}
 
 
 def _chosen(evidence: Evidence, setting: str, measure: Measure, base: Base = "adamw") -> Trial:
     arm = evidence.chosen(base)
-    return Trial(setting, arm, _against(arm, lambda each: evidence.values(each, measure)))
+    pairs = _against(arm, lambda each: evidence.values(each, measure))
+    if arm in evidence.study.untuned:
+        ours, theirs = (evidence.values(each, measure, rate=1.0) for each in (arm, arm.plain))
+        pairs["untuned"] = ours, theirs
+    return Trial(setting, arm, pairs)
 
 
 def _swept(evidence: Evidence) -> Trial:
     arm = evidence.chosen("adamw")
-    values = _against(arm, lambda each: evidence.sweep(each).mean(axis=1) - evidence.values(each))
-    return Trial(evidence.task, arm, values, scale=evidence.values(arm.plain).mean())
+    pairs = _against(arm, lambda each: evidence.sweep(each).mean(axis=1) - evidence.values(each))
+    return Trial(evidence.task, arm, pairs, scale=evidence.values(arm.plain).mean())
 
 
 def _observed(evidence: Evidence, setting: str, measure: Measure) -> Trial:
@@ -185,11 +197,12 @@ def _deeper(task: str, depths: Sequence[Evidence]) -> Trial:
         slopes: np.ndarray = np.polyfit(doublings, losses, 1)[0]
         return np.ptp(doublings) * slopes
 
-    values = {"ours": growth(lambda arm: arm), "retuned": growth(lambda arm: arm.plain)}
+    ours = growth(lambda arm: arm)
+    pairs = {"retuned": (ours, growth(lambda arm: arm.plain))}
     for control in arms[-1].controls:
         name = control.control
-        values[name] = growth(lambda arm, name=name: arm.controlled(name))
-    return Trial(task, arms[-1], values, scale=depths[-1].values(arms[-1].plain).mean())
+        pairs[name] = ours, growth(lambda arm, name=name: arm.controlled(name))
+    return Trial(task, arms[-1], pairs, scale=depths[-1].values(arms[-1].plain).mean())
 
 
 def by_depth(evidence: Sequence[Evidence]) -> dict[str, list[Evidence]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks import results
@@ -16,7 +16,8 @@ from benchmarks.report.statistics import RELEVANT, Comparison, Verdict, correcte
 NEGLIGIBLE = 1.03
 """The ratio of step times up to which cost is negligible."""
 OPPONENT_NAMES = {
-    "retuned": "minus base, retuned",
+    "untuned": "minus base, both at 1×",
+    "retuned": "minus base, each at its best",
     "shuffled": "minus shuffled layers",
     "shrunk": "minus smaller step",
     "mean": "minus mean over layers",
@@ -65,31 +66,31 @@ def _verdicts(found: Sequence[Claim]) -> str:
     rows = []
     for claim in found:
         verdicts = [finding.verdict for finding in claim.findings]
-        counts = [
-            f"{verdicts.count(verdict)} {verdict.value}"
-            for verdict in Verdict
-            if verdict in verdicts
-        ]
-        beaten = sum(finding.comparisons["retuned"].better for finding in claim.findings)
-        rows.append(
-            [
-                f"[{claim.title}](#{_anchor(claim.title)})",
-                f"**{claim.verdict.value}**",
-                ", ".join(counts),
-                f"{beaten} of {len(verdicts)}",
-            ]
-        )
+        counts = [f"{verdicts.count(each)} {each.value}" for each in Verdict if each in verdicts]
+        title = f"[{claim.title}](#{_anchor(claim.title)})"
+        won = [_won(claim, name) for name in ("untuned", "retuned", "shuffled")]
+        rows.append([title, f"**{claim.verdict.value}**", ", ".join(counts), *won])
     ratios = [row["ratio"] for row in _training()]
-    rows.append(
-        [
-            "[Negligible overhead](#negligible-overhead)",
-            f"**{_overhead_verdict().value}**",
-            f"a training step takes {min(ratios):.3f} to {max(ratios):.3f} times as long",
-            "",
-        ]
+    cost = f"a training step takes {min(ratios):.3f} to {max(ratios):.3f} times as long"
+    title = "[Negligible overhead](#negligible-overhead)"
+    rows.append([title, f"**{_overhead_verdict().value}**", cost, "", "", ""])
+    names = ("untuned base", "retuned base", "shuffled layers")
+    header = ["claim", "verdict", "settings", *(f"beats {name} in" for name in names)]
+    best = [
+        f"{claim.title.lower()} ({finding.setting})"
+        for claim in found
+        for finding in claim.findings
+        if finding.beats_all
+    ]
+    every = (
+        f"Smoothing beats the retuned base and *every* control in: {'; '.join(best) or 'nothing'}."
     )
-    header = ["claim", "verdict", "settings", "beats the retuned base alone"]
-    return "## Verdicts\n\n" + table(header, rows)
+    return f"## Verdicts\n\n{table(header, rows)}\n\n{every}"
+
+
+def _won(claim: Claim, opponent: str) -> str:
+    met = [each.comparisons[opponent] for each in claim.findings if opponent in each.comparisons]
+    return f"{sum(each.better for each in met)} of {len(met)}" if met else ""
 
 
 def _claim(claim: Claim) -> str:
@@ -115,28 +116,42 @@ def _claim(claim: Claim) -> str:
 
 
 def _replication(evidence: Sequence[Evidence]) -> str:
-    """The published comparison, repeated, with its controls."""
+    """The published comparison beside the same of ours, and the controls at its learning rate."""
+    published = results.read("published") or {"rows": []}
     sections = []
-    for each in evidence:
-        if each.study.name != "published":
-            continue
-        plain = Arm("adamw")
-        arms = [arm for arm in each.study.arms if arm != plain]
-        compared = corrected(
-            [Comparison.between(each.values(arm), each.values(plain)) for arm in arms]
-        )
-        rows = [["AdamW", f"{each.values(plain).mean():.4f}", "", "", ""]]
-        for arm, comparison in zip(arms, compared, strict=True):
-            rows.append([f"`{arm}`", f"{each.values(arm).mean():.4f}", *_details(comparison)])
-        header = ["arm", "final loss", "minus AdamW [95 %]", "better", "p (Holm)"]
-        study = each.study
-        sections.append(
-            f"{study.layers} layers, {study.steps} steps, {len(study.test)} seeds, all at the published "
-            f"learning rate:\n\n{table(header, rows)}\n\n*{each.environment()}*"
-        )
+    for row in published["rows"]:
+        size = row["layers"], row["steps"]
+        for each in evidence:
+            if each.study.name == "published" and (each.study.layers, each.study.steps) == size:
+                sections.append(_repeated(each, row, published["arm"]))
     if not sections:
         return ""
-    return "## The published comparison, repeated\n\n" + _PUBLISHED + "\n\n" + "\n\n".join(sections)
+    heading = f"## The published comparison, repeated\n\nPublished in {published['source']}."
+    return "\n\n".join([heading, *sections])
+
+
+def _repeated(evidence: Evidence, row: Mapping[str, Any], name: str) -> str:
+    study = evidence.study
+    plain = Arm.named(name).plain
+    arms = [arm for arm in study.arms if arm != plain]
+    base = evidence.values(plain)
+    compared = corrected([Comparison.between(evidence.values(arm), base) for arm in arms])
+    difference = "{:+.4f}".format(row.get("difference", row["smoothed"] - row["adamw"]))
+    if "interval" in row:
+        difference += " [{:+.4f}, {:+.4f}]".format(*row["interval"])
+    seeds = f"{row['seeds']} seeds"
+    rows = [
+        [f"published: {plain}, {seeds}", f"{row['adamw']:.4f}", "", "", ""],
+        [f"published: `{name}`, {seeds}", f"{row['smoothed']:.4f}", difference, "", ""],
+        [f"`{plain}`", f"{base.mean():.4f}", "", "", ""],
+    ]
+    for arm, comparison in zip(arms, compared, strict=True):
+        rows.append([f"`{arm}`", f"{evidence.values(arm).mean():.4f}", *_details(comparison)])
+    header = ["arm", "final loss", f"minus {plain} [95 %]", "better", "p (Holm)"]
+    return (
+        f"{study.layers} layers, {study.steps} steps, {len(study.test)} seeds of ours, all at the "
+        f"published learning rate:\n\n{table(header, rows)}\n\n*{evidence.environment()}*"
+    )
 
 
 def _arms(evidence: Evidence, base: Base) -> str:
@@ -218,8 +233,8 @@ def _overhead() -> str:
     header = ["layers", "width", "parameters", "step time, smoothed over plain", "quartiles"]
     return (
         "## Negligible overhead\n\nMeasured: whole training steps with as many tokens for each "
-        f"parameter as nanochat has, in pairs; negligible is up to {NEGLIGIBLE:g}. What is compiled for TPU and "
-        f"H100 is in [docs/sharding.md](docs/sharding.md).\n\n{table(header, rows)}\n\n"
+        f"parameter as nanochat has, in pairs; negligible is up to {NEGLIGIBLE:g}. What is compiled "
+        f"for TPU and H100 is in [docs/sharding.md](docs/sharding.md).\n\n{table(header, rows)}\n\n"
         f"*{measured['device']}; Python {measured['python']}, JAX {measured['jax']}*"
     )
 
@@ -253,11 +268,6 @@ Small models, trained on a CPU, with repeated seeds and controls. This page is m
   {100 * RELEVANT:.2f} %, half of the published replication's. **Inconclusive**: neither. In several
   settings a claim is supported if it is in all, and not supported if in none, and refused in some.
 """
-
-_PUBLISHED = """\
-The one published comparison with seeds (reversal, 24 layers, AdamW, α = 0.2, projections alone)
-gave −0.0209 [−0.0264, −0.0154], from 3.1121 to 3.0911; with 48 layers and 100 steps, 3 seeds,
-3.3068 to 3.2912."""
 
 _HOW = f"""\
 ## How to repeat it

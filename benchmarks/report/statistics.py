@@ -11,10 +11,12 @@ import scipy.stats
 from numpy.typing import ArrayLike
 from statsmodels.stats.multitest import multipletests
 
+from benchmarks import results
 from depthsmooth.demo.report import Difference
 
 LEVEL = 0.05
-RELEVANT = 0.5 * 0.0209 / 3.1121
+PUBLISHED = (results.read("published") or {})["rows"][0]
+RELEVANT = -0.5 * PUBLISHED["difference"] / PUBLISHED["adamw"]
 """The smallest gain that is looked for, as a share: half of that of the published replication."""
 
 

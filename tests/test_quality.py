@@ -1,0 +1,329 @@
+"""The quality benchmark: what is compared is fair, what is kept is whole, what is said follows."""
+
+import json
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import zlib
+
+import numpy as np
+import pytest
+import scipy.stats
+
+import depthsmooth as ds
+from benchmarks.quality import plan, training
+from benchmarks.quality.arms import Arm
+from benchmarks.quality.reversal import Reversal
+from benchmarks.quality.runs import Results, Run
+from benchmarks.quality.studies import Study
+from benchmarks.report import document
+from benchmarks.report.claims import claims
+from benchmarks.report.evidence import gather
+from benchmarks.report.statistics import Comparison, Verdict, corrected, judged, overall
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMOOTHED = Arm("adamw", alpha=0.2)
+ENVIRONMENT = {
+    name: name
+    for name in ("data", "command", "date", "device", "jax", "optax", "depthsmooth", "python")
+}
+
+
+# What is compared.
+
+
+def test_arms_are_known_by_their_names():
+    arms = {arm for task in plan.TASKS for study in plan.studies(task) for arm in study.arms}
+    arms |= {control for arm in arms if arm.alpha for control in arm.controls}
+    assert len(arms) > 100
+    assert all(Arm.named(str(arm)) == arm for arm in arms)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adam", "adamw/standard", "adamw/standard/full/1.5", "adamw/standard/full/x", "",
+     "adamw/standard/full/0.2/other", "adamw/standard/full/0.20", "adamw/none/full/0.2"],
+)  # fmt: skip
+def test_names_of_no_arm_are_refused(name):
+    with pytest.raises(ValueError, match="names no arm"):
+        Arm.named(name)
+
+
+def test_controls_that_mix_have_a_matrix():
+    window = ds.operator_matrix(ds.window(0.2), 6)
+    first, second = (SMOOTHED.controlled("shuffled").matrix(6, seed) for seed in (0, 1))
+    assert (first != second).any()
+    for matrix in (first, second):
+        np.testing.assert_allclose(sorted(matrix.ravel()), sorted(window.ravel()), atol=1e-6)
+        np.testing.assert_array_equal(matrix.diagonal(1), 0)
+    mean = SMOOTHED.controlled("mean").matrix(6, 0)
+    np.testing.assert_allclose(mean, 0.8 * np.eye(6) + 0.2 / 6, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return Reversal(layers=4, steps=20)
+
+
+def test_arms_differ_in_nothing_but_what_is_applied(task):
+    """The smallest share of smoothing trains as the base optimizer; another seed does not."""
+    plain, _ = training.train(task, Arm("adamw"), 1.0, 0)
+    barely, _ = training.train(task, Arm("adamw", alpha=1e-7), 1.0, 0)
+    smoothed, _ = training.train(task, Arm("adamw", alpha=0.5), 1.0, 0)
+    other, _ = training.train(task, Arm("adamw"), 1.0, 1)
+    np.testing.assert_allclose(barely["loss"], plain["loss"], rtol=1e-5)
+    assert np.abs(smoothed["loss"] - plain["loss"]).max() > 1e-4
+    assert np.abs(other["loss"] - plain["loss"]).max() > 1e-2
+
+
+def test_a_run_can_be_watched(task):
+    observed, _ = training.train(task, SMOOTHED, 1.0, 0, observed=True)
+    alone, _ = training.train(task, SMOOTHED, 1.0, 0)
+    np.testing.assert_allclose(observed["loss"], alone["loss"], rtol=1e-5)
+    assert (observed["roughness_after"] < observed["roughness_before"]).all()
+    assert (observed["line_shape_score"] >= 1).all()
+    assert all(len(curve) == 10 for curve in observed.values())
+
+
+# Which runs it takes.
+
+
+def fill(study: Study, results: Results, loss):
+    """Makes up the results of all runs of a study."""
+    while missing := study.missing(results):
+        for run in missing:
+            value = loss(run)
+            curves = dict.fromkeys(MEASURED, [1.0] * 10) if run.observed else {}
+            curves |= {"loss": [value + 1, value], "accuracy": [0.0, 0.5], "train_loss": [1.0, 1.0]}
+            results.add(run, {"curves": curves, "seconds": 1.0, **ENVIRONMENT})
+
+
+MEASURED = (
+    "roughness_before", "roughness_after", "adjacent_cosine_after", "gradient_variance",
+    "line_shape_score", "residual_alignment",
+)  # fmt: skip
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+@pytest.fixture
+def study():
+    arms = Arm("adamw"), SMOOTHED, Arm("adamw", alpha=0.5)
+    return Study("grid", 4, 10, arms, untuned=arms, swept=True)
+
+
+def noise(run, scale=0.005):
+    return scale * np.random.default_rng(zlib.crc32(str(run).encode())).normal()
+
+
+def test_rates_are_tuned_on_seeds_that_are_not_tested(study, tmp_path, quickly):
+    """The test seeds would choose other rates and another arm, and are not asked."""
+    results = Results(tmp_path / "runs.jsonl")
+
+    def loss(run):
+        best = {0.0: 2.0, 0.2: 8.0, 0.5: 1.0}[run.arm.alpha]
+        favoured = run.arm.alpha == (0.2 if run.seed in study.tuning else 0.5)
+        best = best if run.seed in study.tuning else 0.5
+        return 3 + abs(np.log2(run.rate / best)) - favoured
+
+    fill(study, results, loss)
+    assert not set(study.tuning) & set(study.test)
+    assert study.rate(Arm("adamw"), results) == 2
+    assert study.rate(SMOOTHED, results) == 8
+    assert study.claim("adamw", results) == SMOOTHED
+    assert set(study.complete(results)) == {*study.arms, *SMOOTHED.controls}
+    tried = {run.rate for run in results.lines if run.arm == SMOOTHED and run.seed == 100}
+    assert tried == {0.25, 0.5, 1, 2, 4, 8, 16}
+    for arm in study.complete(results):
+        tested = study.tests(arm, study.rate(arm, results))
+        assert [run.seed for run in tested] == list(range(10))
+        assert set(tested) <= set(results.lines)
+
+
+def test_training_that_diverges_is_not_chosen(study, tmp_path, quickly):
+    results = Results(tmp_path / "runs.jsonl")
+    fill(study, results, lambda run: 3.0 + run.rate if run.rate < 1 else float("nan"))
+    assert study.rate(SMOOTHED, results) == 0.0625
+    assert "NaN" not in results.path.read_text()
+    assert Results(results.path).loss(study.tests(SMOOTHED, 1.0)[0]) == np.inf
+
+
+# What is kept.
+
+
+def test_a_line_half_written_is_dropped(tmp_path):
+    results = Results(tmp_path / "runs.jsonl", "data")
+    runs = [Run(4, 10, SMOOTHED, 1.0, seed) for seed in range(3)]
+    line = {**ENVIRONMENT, "curves": {"loss": [2.0, 1.0]}}
+    for run in runs[:2]:
+        results.add(run, line)
+    whole = results.path.read_bytes()
+    results.path.write_bytes(whole[:-20])
+    again = Results(results.path, "data")
+    assert list(again.lines) == runs[:1]
+    again.add(runs[1], line)
+    assert results.path.read_bytes() == whole
+    again.add(runs[2], line)
+    assert list(Results(results.path, "data").lines) == runs
+
+
+def test_a_file_that_holds_something_else_is_refused(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"a": 1}\n')
+    with pytest.raises(ValueError, match=r"runs.jsonl, line 1, is no result .*--out"):
+        Results(path)
+    path.unlink()
+    Results(path, "one").add(Run(4, 10, SMOOTHED, 1.0, 0), {"curves": {}, "data": "one"})
+    with pytest.raises(ValueError, match=r"results of other data: .*--out"):
+        Results(path, "two")
+
+
+def command(*options):
+    return [sys.executable, "-m", "benchmarks.quality", *map(str, options)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_killed_it_goes_on_and_a_result_can_be_repeated(tmp_path):
+    path = tmp_path / "reversal.jsonl"
+    quick = command("reversal", "--quick", "--out", tmp_path)
+    process = subprocess.Popen(quick, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (path.exists() and path.read_bytes().count(b"\n")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = path.read_bytes()
+    kept = kept[: kept.rfind(b"\n") + 1]
+    done = subprocess.run(quick, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"reversal: {len(kept.splitlines())} of about" in done.stdout
+    assert "All runs are in" in done.stdout
+    assert path.read_bytes().startswith(kept)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({Run.from_json(line) for line in lines}) == len(lines)
+    [study] = plan.studies("reversal", quick=True)
+    assert not study.missing(Results(path))
+
+    line = lines[-1]
+    options = shlex.split(line["command"])[3:]
+    repeated = subprocess.run(
+        command(*options), cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    again = json.loads(repeated.stdout)
+    assert Run.from_json(again) == Run.from_json(line)
+    for name, curve in line["curves"].items():
+        np.testing.assert_allclose(again["curves"][name], curve, rtol=1e-5)
+
+
+# What is said.
+
+
+def test_comparisons_are_paired_and_corrected():
+    rng = np.random.default_rng(0)
+    theirs = rng.normal(3, 1, size=(4, 10))
+    ours = theirs + rng.normal([[-0.1], [0.0], [0.05], [-0.02]], 0.02, size=(4, 10))
+    comparisons = [Comparison.between(*pair) for pair in zip(ours, theirs, strict=True)]
+    for comparison, one, other in zip(comparisons, ours, theirs, strict=True):
+        test = scipy.stats.ttest_rel(one, other)
+        assert comparison.p == pytest.approx(test.pvalue)
+        assert comparison.difference.low == pytest.approx(test.confidence_interval().low)
+        assert comparison.difference.better == (one < other).sum()
+    order = np.argsort([each.p for each in comparisons])
+    expected = np.maximum.accumulate([(4 - k) * comparisons[i].p for k, i in enumerate(order)])
+    assert [corrected(comparisons)[i].p for i in order] == pytest.approx(np.minimum(expected, 1))
+    assert corrected([]) == []
+
+
+def test_runs_that_diverged_show_nothing():
+    comparison = Comparison.between([np.inf, 1.0], [2.0, 2.0])
+    assert (str(comparison), comparison.p) == ("diverged", 1.0)
+    assert not comparison.better
+    assert Comparison.between([1.0, 2.0], [1.0, 2.0]).p == 1
+    assert Comparison.between([1.0, 2.0], [2.0, 3.0]).p == 0
+
+
+def test_verdicts():
+    rng = np.random.default_rng(1)
+    theirs = rng.normal(3, 1, size=10)
+
+    def against(mean, spread):
+        shift = rng.normal(size=10)
+        shift = mean + spread * (shift - shift.mean()) / shift.std()
+        return Comparison.between(theirs + shift, theirs)
+
+    better, worse = against(-0.1, 0.01), against(0.1, 0.01)
+    same, unknown = against(0, 0.001), against(-0.01, 1)
+    assert judged([better, better]) == Verdict.SUPPORTED
+    assert judged([better, same]) == judged([same, better]) == Verdict.NOT_SUPPORTED
+    assert judged([better, worse]) == judged([unknown, worse]) == Verdict.NOT_SUPPORTED
+    assert judged([better, unknown]) == Verdict.INCONCLUSIVE
+    yes, no, maybe = Verdict.SUPPORTED, Verdict.NOT_SUPPORTED, Verdict.INCONCLUSIVE
+    assert overall([yes, yes]) == yes
+    assert overall([no, maybe]) == no
+    assert overall([yes, no]) == overall([maybe]) == overall([]) == maybe
+
+
+def verdict_where(loss, directory):
+    study = next(each for each in plan.studies("text") if each.name == "grid")
+    fill(study, Results(directory / "text.jsonl"), loss)
+    [evidence] = gather(directory)
+    found = claims([evidence])[0]
+    text = document.document([evidence], [])
+    assert f"| **{found.verdict.value}** |" in text
+    for arm in study.complete(evidence.results):
+        assert f"`{arm}`" in text, "every arm that ran is in a table"
+    return found.verdict
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize(
+    ("helps", "verdict"),
+    [
+        (lambda arm: arm.alpha and not arm.control, Verdict.SUPPORTED),
+        (lambda arm: arm.alpha, Verdict.NOT_SUPPORTED),
+        (lambda arm: False, Verdict.NOT_SUPPORTED),
+    ],
+    ids=["smoothing", "any mixing", "nothing"],
+)
+def test_a_claim_needs_the_controls(helps, verdict, tmp_path):
+    def loss(run):
+        return 3 + 0.01 * np.log2(run.rate) ** 2 + noise(run) - 0.03 * bool(helps(run.arm))
+
+    assert verdict_where(loss, tmp_path) == verdict
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_smaller_step_is_no_gain(tmp_path):
+    """Smoothing acts as a smaller learning rate, which the base optimizer has tried as well."""
+
+    def loss(run):
+        rate = run.rate * (0.5 if run.arm.alpha else 1)
+        return 3 + 0.05 * np.log2(rate / 0.5) ** 2 + noise(run)
+
+    assert verdict_where(loss, tmp_path) == Verdict.NOT_SUPPORTED
+
+
+def test_what_is_written_is_what_was_measured():
+    """No number in RESULTS.md, or in README's recommendation, but from the kept results."""
+    evidence = gather(ROOT / "benchmarks" / "results" / "quality")
+    pictures = [path.stem for path in (ROOT / "docs" / "results").glob("*.png")]
+    names = [name for name in document.PICTURES if name in pictures]
+    assert (ROOT / "RESULTS.md").read_text() == document.document(evidence, names)
+    advice = document.recommendation(evidence, claims(evidence))
+    assert advice.split("\n\n", 1)[1] in (ROOT / "README.md").read_text()
+
+
+def test_kept_runs_are_unique_and_complete():
+    for path in (ROOT / "benchmarks" / "results" / "quality").glob("*.jsonl"):
+        results = Results(path)
+        assert len(results.lines) == len(path.read_text().splitlines())
+        for study in plan.studies(path.stem):
+            assert not study.missing(results), (path.stem, study.name, study.layers)
+        for run, line in results.lines.items():
+            assert line["command"].endswith(run.options())
