@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import tqdm
 
@@ -27,10 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = options.parse_args(arguments)
     source = plan.Source(given.task, given.text, given.cifar100)
     try:
-        task = plan.build(source)
+        task = plan.build(source, given.layers, given.steps)
         if given.arm:
-            size = given.layers or task.layers, given.steps or task.steps
-            run = Run(*size, Arm.named(given.arm), given.rate, given.seed, given.observe)
+            arm = Arm.named(given.arm)
+            run = Run(task.layers, task.steps, arm, given.rate, given.seed, given.observe)
             return _repeat(source, run)
         kept = Results(_directory(given) / f"{source.name}.jsonl", task.data)
     except ValueError as error:
@@ -50,6 +50,8 @@ def _fill(source: plan.Source, kept: Results, quick: bool, processes: int) -> in
     studies = plan.studies(source.task, quick)
     total = sum(study.expected() for study in studies)
     print(f"{source.name}: {len(kept.lines)} of about {total} runs are in {kept.path}.")
+    if not quick and source.name in (taken := _hours()):
+        print(f"All that the repository has took {taken[source.name]}.")
     with (
         workers.pool(processes) as pool,
         tqdm.tqdm(total=total, initial=len(kept.lines), unit="run") as bar,
@@ -86,14 +88,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.quality",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(["time that the kept results took:", *_times()]),
+        epilog="\n  ".join(
+            ["what the results in the repository took:"]
+            + [f"{name:10} {taken}" for name, taken in _hours().items()]
+        ),
     )
     add = options.add_argument
     add("task", choices=plan.TASKS)
     add("--quick", action="store_true", help="a small model and few seeds: does it run?")
-    add(
-        "--workers", type=int, default=os.cpu_count(), help="runs at a time, all cores if not given"
-    )
+    add("--workers", type=_positive, default=os.cpu_count(), help="runs at a time; all cores")
     add("--out", type=pathlib.Path, help="directory of the results, benchmarks/results/quality")
     add("--text", type=pathlib.Path, help="text: a file or directory, not the standard library")
     add("--cifar100", type=pathlib.Path, help="digits: the directory of CIFAR-100's python files")
@@ -101,21 +104,29 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--arm", help="such as adamw/standard/proj/0.2/shuffled")
     one.add_argument("--rate", type=float, default=1.0, help="factor of the learning rate")
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--layers", type=int)
-    one.add_argument("--steps", type=int)
+    one.add_argument("--layers", type=_positive)
+    one.add_argument("--steps", type=_positive)
     one.add_argument(
         "--observe", action="store_true", help="measure updates and hidden states, too"
     )
     return options
 
 
-def _times() -> Iterator[str]:
+def _hours() -> dict[str, str]:
+    """What the results that are in the repository took."""
+    taken = {}
     for path in sorted((results.DIRECTORY / "quality").glob("*.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         hours = sum(line["seconds"] for line in lines) / 3600
-        yield f"  {path.stem:10} {hours:.1f} hours of one core, {len(lines)} runs"
+        taken[path.stem] = f"{hours:.1f} hours of one core, in {len(lines)} runs"
+    return taken
+
+
+def _positive(value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a whole number of at least 1")
+    return int(value)
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.exit(status)
+    sys.exit(main())

@@ -34,6 +34,8 @@ class Task(abc.ABC):
     depth: Depth
 
     def __init__(self, layers: int, steps: int) -> None:
+        if steps % EVALUATIONS:
+            raise ValueError(f"steps is {steps}, but has to be a multiple of {EVALUATIONS}.")
         self.layers = layers
         self.steps = steps
 

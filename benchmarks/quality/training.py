@@ -45,7 +45,7 @@ def train(
     return curves, time.perf_counter() - began
 
 
-@functools.cache
+@functools.lru_cache(2)
 def _program(task: Task, kind: Arm, observed: bool) -> Callable[..., Curves]:
     def run(seed: jax.Array, alpha: jax.Array, matrix: jax.Array, rate: jax.Array) -> Curves:
         start, batches, examination = jax.random.split(jax.random.key(seed), 3)

@@ -36,7 +36,8 @@ def _begin(cores: multiprocessing.Queue[int]) -> None:
     """Ties a process to one core and to the life of its parent."""
     core = cores.get()
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[core]})
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {allowed[core % len(allowed)]})
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
     cache = pathlib.Path(tempfile.gettempdir()) / "depthsmooth-quality"

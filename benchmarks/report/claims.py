@@ -114,8 +114,8 @@ def claims(evidence: Sequence[Evidence]) -> list[Claim]:
         ),
         _claim(
             "More help for deeper networks",
-            "growth of the final held-out loss from the fewest to the most layers, by a line through"
-            " all",
+            "growth of the final held-out loss from the fewest to the most layers, on a line "
+            "through all",
             [_deeper(task, each) for task, each in depths.items()],
         ),
         _claim(

@@ -233,8 +233,8 @@ def _overhead() -> str:
     header = ["layers", "width", "parameters", "step time, smoothed over plain", "quartiles"]
     return (
         "## Negligible overhead\n\nMeasured: whole training steps with as many tokens for each "
-        f"parameter as nanochat has, in pairs; negligible is up to {NEGLIGIBLE:g}. What is compiled "
-        f"for TPU and H100 is in [docs/sharding.md](docs/sharding.md).\n\n{table(header, rows)}\n\n"
+        f"parameter as nanochat has, in pairs; negligible is up to {NEGLIGIBLE:g}. What is "
+        f"compiled for TPU and H100 is in [docs/sharding.md](docs/sharding.md).\n\n{table(header, rows)}\n\n"
         f"*{measured['device']}; Python {measured['python']}, JAX {measured['jax']}*"
     )
 
