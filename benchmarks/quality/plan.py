@@ -9,13 +9,20 @@ import pathlib
 from collections.abc import Callable, Iterable
 
 from benchmarks.quality.arms import Arm, Base, Scope
+from benchmarks.quality.diffusion import Diffusion
+from benchmarks.quality.digits import Digits
 from benchmarks.quality.reversal import Reversal
 from benchmarks.quality.studies import Study
 from benchmarks.quality.task import Task
 from benchmarks.quality.text import Text
 from depthsmooth.transform import Variant
 
-TASKS: dict[str, Callable[..., Task]] = {"reversal": Reversal, "text": Text}
+TASKS: dict[str, Callable[..., Task]] = {
+    "reversal": Reversal,
+    "text": Text,
+    "digits": Digits,
+    "diffusion": Diffusion,
+}
 ALPHAS = (0.05, 0.1, 0.2, 0.35, 0.5)
 BASES: tuple[Base, ...] = ("adamw", "sgd", "muon")
 VARIANTS: tuple[Variant, ...] = ("standard", "norm_preserving", "directional")
@@ -74,7 +81,7 @@ def studies(task: str, quick: bool = False) -> list[Study]:
 def _quick() -> list[Study]:
     """So small that it shows nothing but that it runs."""
     arms = Arm("adamw"), Arm("adamw", alpha=0.2)
-    return [Study("quick", 4, 10, arms, rates=(0.5, 1.0), tuning=(100,), test=(0, 1))]
+    return [Study("quick", 5, 10, arms, rates=(0.5, 1.0), tuning=(100,), test=(0, 1))]
 
 
 def _reversal() -> Iterable[Study]:
@@ -91,6 +98,17 @@ def _text() -> Iterable[Study]:
     yield Study("grid", 16, 300, tuple(arms), untuned=tuple(_selection("adamw")), swept=True)
     yield from _depths(150)
     yield _mechanism(16, 300)
+
+
+def _digits() -> Iterable[Study]:
+    arms = [arm for base in BASES for arm in _selection(base)]
+    yield Study("grid", 12, 300, tuple(arms), untuned=tuple(_selection("adamw")), swept=True)
+    yield _mechanism(12, 300)
+
+
+def _diffusion() -> Iterable[Study]:
+    arms = tuple(_selection("adamw"))
+    yield Study("grid", 13, 300, arms, untuned=arms, swept=True)
 
 
 def _depths(steps: int) -> Iterable[Study]:
@@ -124,4 +142,9 @@ def _selection(base: Base) -> Iterable[Arm]:
     yield from Arm(base, alpha=0.2).controls
 
 
-_STUDIES = {"reversal": _reversal, "text": _text}
+_STUDIES = {
+    "reversal": _reversal,
+    "text": _text,
+    "digits": _digits,
+    "diffusion": _diffusion,
+}
