@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from benchmarks.quality.arms import Arm, Base, Scope
 from benchmarks.quality.diffusion import Diffusion
 from benchmarks.quality.digits import Digits
+from benchmarks.quality.policy import Policy
 from benchmarks.quality.reversal import Reversal
 from benchmarks.quality.studies import Study
 from benchmarks.quality.task import Task
@@ -22,6 +23,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "text": Text,
     "digits": Digits,
     "diffusion": Diffusion,
+    "policy": Policy,
 }
 ALPHAS = (0.05, 0.1, 0.2, 0.35, 0.5)
 BASES: tuple[Base, ...] = ("adamw", "sgd", "muon")
@@ -111,6 +113,11 @@ def _diffusion() -> Iterable[Study]:
     yield Study("grid", 13, 300, arms, untuned=arms, swept=True)
 
 
+def _policy() -> Iterable[Study]:
+    arms = tuple(_selection("adamw"))
+    yield Study("grid", 12, 100, arms, untuned=arms, swept=True)
+
+
 def _depths(steps: int) -> Iterable[Study]:
     arms = tuple(Arm("adamw", alpha=alpha) for alpha in (0, 0.1, 0.2, 0.5))
     for layers in DEPTHS:
@@ -147,4 +154,5 @@ _STUDIES = {
     "text": _text,
     "digits": _digits,
     "diffusion": _diffusion,
+    "policy": _policy,
 }
