@@ -37,9 +37,9 @@ class Diffusion(Task):
       <https://arxiv.org/abs/2102.09672>`_, 2021 (the cosine schedule).
     """
 
-    rates: ClassVar[Mapping[Base, float]] = {"sgd": 0.1, "adamw": 2e-2, "muon": 2e-2}
+    rates: ClassVar[Mapping[Base, float]] = {"sgd": 0.1, "adamw": 1e-2, "muon": 1e-2}
 
-    def __init__(self, layers: int = 13, steps: int = 300) -> None:
+    def __init__(self, layers: int = 9, steps: int = 600) -> None:
         """Loads the digits.
 
         Raises:

@@ -110,7 +110,7 @@ def _digits() -> Iterable[Study]:
 
 def _diffusion() -> Iterable[Study]:
     arms = tuple(_selection("adamw"))
-    yield Study("grid", 13, 300, arms, untuned=arms, swept=True)
+    yield Study("grid", 9, 600, arms, untuned=arms, swept=True)
 
 
 def _policy() -> Iterable[Study]:

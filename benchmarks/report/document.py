@@ -234,7 +234,8 @@ def _overhead() -> str:
     return (
         "## Negligible overhead\n\nMeasured: whole training steps with as many tokens for each "
         f"parameter as nanochat has, in pairs; negligible is up to {NEGLIGIBLE:g}. What is "
-        f"compiled for TPU and H100 is in [docs/sharding.md](docs/sharding.md).\n\n{table(header, rows)}\n\n"
+        f"compiled for TPU and H100 is in [docs/sharding.md](docs/sharding.md).\n\n"
+        f"{table(header, rows)}\n\n"
         f"*{measured['device']}; Python {measured['python']}, JAX {measured['jax']}*"
     )
 
