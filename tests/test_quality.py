@@ -10,6 +10,7 @@ import sys
 import time
 import zlib
 
+import jax
 import numpy as np
 import pytest
 import scipy.stats
@@ -20,6 +21,7 @@ from benchmarks.quality.arms import Arm
 from benchmarks.quality.reversal import Reversal
 from benchmarks.quality.runs import Results, Run
 from benchmarks.quality.studies import Study
+from benchmarks.quality.text import Text
 from benchmarks.report import document
 from benchmarks.report.claims import claims
 from benchmarks.report.evidence import gather
@@ -87,6 +89,28 @@ def test_a_run_can_be_watched(task):
     assert (observed["roughness_after"] < observed["roughness_before"]).all()
     assert (observed["line_shape_score"] >= 1).all()
     assert all(len(curve) == 10 for curve in observed.values())
+
+
+def test_text_is_examined_in_what_is_not_learnt(tmp_path, monkeypatch):
+    path = tmp_path / "text"
+    path.write_bytes(bytes(range(100)) * 90 + bytes(range(100, 200)) * 10)
+    task = Text(layers=2, steps=10, text=path)
+    monkeypatch.setattr(task, "_loss", lambda params, windows: windows)
+    key = jax.random.key(50)
+    learnt, examined = task.loss({}, key), task.evaluate({}, key)["loss"]
+    assert learnt.shape[1] == examined.shape[1]
+    assert learnt.max() < 100 <= examined.min()
+    assert len(set(learnt[:, 0].tolist())) > 3
+    np.testing.assert_array_equal(np.diff(learnt % 100) % 100, 1)
+
+
+def test_bits_are_nats_by_their_logarithm(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(bytes(range(256)) * 9)
+    task = Text(layers=2, steps=10, text=path)
+    measured = task.evaluate(task.init(jax.random.key(50)), jax.random.key(51))
+    np.testing.assert_allclose(measured["bits_per_byte"], measured["loss"] / np.log(2), rtol=1e-5)
+    assert 7 < measured["bits_per_byte"] < 10
 
 
 # Which runs it takes.

@@ -47,6 +47,18 @@ def train(
 
 @functools.lru_cache(2)
 def _program(task: Task, kind: Arm, observed: bool) -> Callable[..., Curves]:
+    [layers] = task.depth.groups.values()
+    number = jax.ShapeDtypeStruct((), np.float32)
+    matrix = jax.ShapeDtypeStruct((layers, layers), np.float32)
+    seed = jax.ShapeDtypeStruct((), np.int32)
+    run = jax.jit(program(task, kind, observed))
+    compiled: Callable[..., Curves] = run.lower(seed, number, matrix, number).compile()
+    return compiled
+
+
+def program(task: Task, kind: Arm, observed: bool = False) -> Callable[..., Curves]:
+    """A function of the seed, of alpha, of the operator's matrix, and of the rate."""
+
     def run(seed: jax.Array, alpha: jax.Array, matrix: jax.Array, rate: jax.Array) -> Curves:
         start, batches, examination = jax.random.split(jax.random.key(seed), 3)
         tx = _optimizer(task, kind, observed, alpha, matrix, rate)
@@ -71,12 +83,7 @@ def _program(task: Task, kind: Arm, observed: bool) -> Callable[..., Curves]:
         _, curves = jax.lax.scan(stretch, (params, tx.init(params)), counts)
         return curves
 
-    [layers] = task.depth.groups.values()
-    number = jax.ShapeDtypeStruct((), np.float32)
-    matrix = jax.ShapeDtypeStruct((layers, layers), np.float32)
-    seed = jax.ShapeDtypeStruct((), np.int32)
-    compiled: Callable[..., Curves] = jax.jit(run).lower(seed, number, matrix, number).compile()
-    return compiled
+    return run
 
 
 def _optimizer(
