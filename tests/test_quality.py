@@ -116,13 +116,14 @@ def test_bits_are_nats_by_their_logarithm(tmp_path):
 # Which runs it takes.
 
 
-def fill(study: Study, results: Results, loss):
-    """Makes up the results of all runs of a study."""
+def fill(study: Study, results: Results, loss, **others):
+    """Makes up the results of all runs of a study, from what is measured last."""
     while missing := study.missing(results):
         for run in missing:
             value = loss(run)
-            curves = dict.fromkeys(MEASURED, [1.0] * 10) if run.observed else {}
-            curves |= {"loss": [value + 1, value], "accuracy": [0.0, 0.5], "train_loss": [1.0, 1.0]}
+            curves = {"loss": [value + 1, value], "accuracy": [0.0, 0.5]}
+            for name in MEASURED if run.observed else ():
+                curves[name] = [others.get(name, lambda run: 1 + noise(run))(run)] * 2
             results.add(run, {"curves": curves, "seconds": 1.0, **ENVIRONMENT})
 
 
@@ -293,16 +294,25 @@ def test_verdicts():
     assert overall([yes, no]) == overall([maybe]) == overall([]) == maybe
 
 
-def verdict_where(loss, directory):
-    study = next(each for each in plan.studies("text") if each.name == "grid")
-    fill(study, Results(directory / "text.jsonl"), loss)
-    [evidence] = gather(directory)
-    found = claims([evidence])[0]
-    text = document.document([evidence], [])
-    assert f"| **{found.verdict.value}** |" in text
-    for arm in study.complete(evidence.results):
-        assert f"`{arm}`" in text, "every arm that ran is in a table"
-    return found.verdict
+def found(loss, directory, name="grid", **others):
+    """The claims, by title, of the text studies of a name whose results are made up."""
+    results = Results(directory / "text.jsonl")
+    for study in plan.studies("text"):
+        if study.name == name:
+            fill(study, results, loss, **others)
+    evidence = gather(directory)
+    text = document.document(evidence, [])
+    for each in evidence:
+        for arm in each.study.complete(results):
+            assert f"`{arm}`" in text, "every arm that ran is in a table"
+    for claim in claims(evidence):
+        assert f"[{claim.title}]" in text
+        assert f"| **{claim.verdict.value}** |" in text
+    return {claim.title: claim for claim in claims(evidence)}
+
+
+def helped(run):
+    return bool(run.arm.alpha and not run.arm.control)
 
 
 @pytest.mark.usefixtures("quickly")
@@ -319,7 +329,9 @@ def test_a_claim_needs_the_controls(helps, verdict, tmp_path):
     def loss(run):
         return 3 + 0.01 * np.log2(run.rate) ** 2 + noise(run) - 0.03 * bool(helps(run.arm))
 
-    assert verdict_where(loss, tmp_path) == verdict
+    claim = found(loss, tmp_path)["Better generalisation"]
+    assert claim.verdict == verdict
+    assert claim.findings[0].beats_all == (verdict == Verdict.SUPPORTED)
 
 
 @pytest.mark.usefixtures("quickly")
@@ -330,7 +342,54 @@ def test_a_smaller_step_is_no_gain(tmp_path):
         rate = run.rate * (0.5 if run.arm.alpha else 1)
         return 3 + 0.05 * np.log2(rate / 0.5) ** 2 + noise(run)
 
-    assert verdict_where(loss, tmp_path) == Verdict.NOT_SUPPORTED
+    claims = found(loss, tmp_path)
+    [finding] = claims["Better generalisation"].findings
+    assert finding.verdict == Verdict.NOT_SUPPORTED
+    assert finding.comparisons["untuned"].better
+    assert not finding.comparisons["retuned"].better
+    sensitive = claims["Less sensitive to the learning rate"]
+    assert sensitive.verdict == Verdict.NOT_SUPPORTED
+    assert [each.verdict for each in claims["Works on Adam, SGD and Muon alike"].findings] == [
+        Verdict.NOT_SUPPORTED
+    ] * 3
+
+
+@pytest.mark.usefixtures("quickly")
+def test_sensitivity_is_what_other_rates_cost(tmp_path):
+    def loss(run):
+        return 3 + (0.01 if helped(run) else 0.03) * np.log2(run.rate) ** 2 + noise(run)
+
+    claims = found(loss, tmp_path)
+    assert claims["Less sensitive to the learning rate"].verdict == Verdict.SUPPORTED
+    assert claims["Better generalisation"].verdict != Verdict.SUPPORTED
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("grows", [True, False])
+def test_deeper_networks_are_helped_more_if_the_gain_grows(grows, tmp_path):
+    def loss(run):
+        gain = 0.02 * np.log2(run.layers) if grows else 0.1
+        return 3 + 0.01 * np.log2(run.rate) ** 2 + noise(run) - gain * helped(run)
+
+    verdict = found(loss, tmp_path, "depth")["More help for deeper networks"].verdict
+    assert verdict == (Verdict.SUPPORTED if grows else Verdict.NOT_SUPPORTED)
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize(
+    ("measured", "sign", "title"),
+    [
+        ("gradient_variance", -1, "Less noise in gradients"),
+        ("line_shape_score", -1, "Straighter, more aligned representations"),
+        ("residual_alignment", 1, "Straighter, more aligned representations"),
+    ],
+)
+def test_mechanisms_are_compared_at_one_rate(measured, sign, title, tmp_path):
+    changed = {measured: lambda run: 1 + noise(run) + 0.1 * sign * helped(run)}
+    claim = found(lambda run: 3 + noise(run), tmp_path, "mechanism", **changed)[title]
+    supported = [each for each in claim.findings if each.verdict == Verdict.SUPPORTED]
+    assert len(supported) == 1
+    assert supported[0] == claim.findings[measured == "residual_alignment"]
 
 
 def test_what_is_written_is_what_was_measured():
