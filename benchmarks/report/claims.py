@@ -12,7 +12,6 @@ from benchmarks.quality.arms import Arm, Base
 from benchmarks.report.evidence import LOSS, Curves, Evidence, Measure, last, mean
 from benchmarks.report.statistics import Comparison, Verdict, corrected, judged, overall
 
-LINE_SHAPE = mean("line_shape_score")
 REQUIRED = ("retuned", "shuffled")
 """What smoothing has to beat: the base optimizer at its own best rate, and layers out of order."""
 CONTROLS = ("shuffled", "shrunk", "mean")
