@@ -214,16 +214,25 @@ def command(*options):
     return [sys.executable, "-m", "benchmarks.quality", *map(str, options)]
 
 
+def children(process):
+    """Their numbers, where the system tells."""
+    told = pathlib.Path(f"/proc/{process}/task/{process}/children")
+    return told.read_text().split() if told.exists() else []
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_killed_it_goes_on_and_a_result_can_be_repeated(tmp_path):
     path = tmp_path / "reversal.jsonl"
-    quick = command("reversal", "--quick", "--out", tmp_path)
+    quick = command("reversal", "--quick", "--workers", 1, "--out", tmp_path)
     process = subprocess.Popen(quick, cwd=ROOT, stderr=subprocess.DEVNULL)
     while not (path.exists() and path.read_bytes().count(b"\n")):
         assert process.poll() is None
         time.sleep(0.05)
+    workers = children(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    while any(pathlib.Path(f"/proc/{worker}").exists() for worker in workers):
+        time.sleep(0.05)
     kept = path.read_bytes()
     kept = kept[: kept.rfind(b"\n") + 1]
     done = subprocess.run(quick, cwd=ROOT, capture_output=True, text=True, check=True)
