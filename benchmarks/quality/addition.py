@@ -17,7 +17,7 @@ from benchmarks.quality.model import Transformer
 
 PLUS, EQUALS, VOCABULARY = 10, 11, 12
 PROMPT, ANSWER = 6, 3
-HELD_OUT, BATCH, RATE, WARMUP, TARGET, LONGEST = 512, 64, 4e-3, 100, 1 / 3, 2000
+HELD_OUT, BATCH, RATE, WARMUP, TARGET, LONGEST = 1024, 64, 4e-3, 100, 1 / 3, 2000
 
 
 def _sums() -> np.ndarray:
@@ -58,8 +58,8 @@ def log_probabilities(model: Transformer, params: optax.Params, sums: jax.Array)
 def pretrained(model: Transformer) -> optax.Params:
     """The model once it adds partly right: from the disk, if it is there and whole.
 
-    It depends on the model alone. AdamW lowers the cross-entropy until the right answers to a
-    batch have a probability of ``TARGET`` in the mean: after about 400 steps at any depth.
+    It is the same for all seeds. AdamW lowers the cross-entropy until the right answers to a
+    batch have a probability of ``TARGET`` in the mean, and for ``LONGEST`` steps at most.
     """
     shapes = jax.eval_shape(model.init, jax.random.key(0), TAUGHT[:1, :-1])
     name = f"addition-{_digest(repr((SETTINGS, shapes)).encode()).hex()}"

@@ -40,6 +40,7 @@ PUBLISHED = (
         )
     ),
 )
+SMOOTHED = Arm("adamw", alpha=0.2)
 DEPTHS = (4, 8, 16, 32, 64)
 
 
@@ -119,16 +120,15 @@ def _policy() -> Iterable[Study]:
 
 
 def _depths(steps: int) -> Iterable[Study]:
+    """All at the published share, for what is claimed must not change with depth."""
     arms = tuple(Arm("adamw", alpha=alpha) for alpha in (0, 0.1, 0.2, 0.5))
     for layers in DEPTHS:
-        yield Study("depth", layers, steps, arms)
+        yield Study("depth", layers, steps, arms, SMOOTHED)
 
 
 def _mechanism(layers: int, steps: int) -> Study:
-    """At one learning rate: what is applied must not differ in anything else."""
-    arm = Arm("adamw", alpha=0.2)
-    arms = arm.plain, arm, *arm.controls
-    return Study("mechanism", layers, steps, arms, rates=(1.0,), observed=True)
+    arms = SMOOTHED.plain, SMOOTHED
+    return Study("mechanism", layers, steps, arms, SMOOTHED, untuned=arms, observed=True)
 
 
 def _grid(base: Base) -> Iterable[Arm]:
@@ -155,4 +155,5 @@ _STUDIES = {
     "digits": _digits,
     "diffusion": _diffusion,
     "policy": _policy,
+    "cifar100": _digits,
 }

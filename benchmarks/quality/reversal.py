@@ -44,7 +44,9 @@ class Reversal(Task):
         """Mean cross-entropy in nats per token."""
         return self._examined(params, _tokens(key, BATCH))[0]
 
-    def evaluate(self, params: optax.Params, key: jax.Array) -> dict[str, jax.Array]:
+    def evaluate(
+        self, params: optax.Params, key: jax.Array, part: jax.Array
+    ) -> dict[str, jax.Array]:
         """Loss, and the share of tokens that are right."""
         loss, accuracy = self._examined(params, _tokens(key, EXAMINED))
         return {"loss": loss, "accuracy": accuracy}

@@ -14,6 +14,8 @@ from depthsmooth import Depth
 
 EVALUATIONS = 10
 """How often a run is examined; it divides every number of steps."""
+TUNING = 100
+"""Seeds from this on choose what others test, and are examined in other data."""
 
 
 class Task(abc.ABC):
@@ -48,8 +50,16 @@ class Task(abc.ABC):
         """The training loss, a scalar, of the batch that the key draws."""
 
     @abc.abstractmethod
-    def evaluate(self, params: optax.Params, key: jax.Array) -> dict[str, jax.Array]:
-        """Scalars of data that training does not see. Arms are compared by the first."""
+    def evaluate(
+        self, params: optax.Params, key: jax.Array, part: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Scalars of data that training does not see; arms are compared by ``loss``.
+
+        Args:
+          params: the parameters.
+          key: draws what is examined.
+          part: of the data, 0 or 1: what has chosen an arm must not test it.
+        """
 
     @abc.abstractmethod
     def states(self, params: optax.Params, key: jax.Array) -> jax.Array:

@@ -29,10 +29,11 @@ class Text(Task):
         self, layers: int = 16, steps: int = 300, text: pathlib.Path | None = None
     ) -> None:
         super().__init__(layers, steps)
-        corpus = load(text, CONTEXT)
+        corpus = load(text, 2 * CONTEXT)
         self.data = corpus.digest
         self.train = jnp.asarray(corpus.train)
-        self.validation = jnp.asarray(corpus.validation)
+        half = len(corpus.validation) // 2
+        self.validation = jnp.asarray(corpus.validation[: 2 * half].reshape(2, half))
         self.model = Transformer(256, layers, causal=True)
         params = jax.eval_shape(self.init, jax.random.key(0))
         windows = jax.ShapeDtypeStruct((BATCH, CONTEXT + 1), jnp.int32)
@@ -46,14 +47,16 @@ class Text(Task):
         """Mean cross-entropy in nats per byte."""
         return self._loss(params, _windows(self.train, key, BATCH))
 
-    def evaluate(self, params: optax.Params, key: jax.Array) -> dict[str, jax.Array]:
+    def evaluate(
+        self, params: optax.Params, key: jax.Array, part: jax.Array
+    ) -> dict[str, jax.Array]:
         """Of text that is not learnt from: loss, and bits per byte."""
-        loss = self._loss(params, _windows(self.validation, key, EXAMINED))
+        loss = self._loss(params, _windows(self.validation[part], key, EXAMINED))
         return {"loss": loss, "bits_per_byte": loss / math.log(2)}
 
     def states(self, params: optax.Params, key: jax.Array) -> jax.Array:
         """Of one batch."""
-        return self.model.apply(params, _windows(self.validation, key, BATCH)[:, :-1])[1]
+        return self.model.apply(params, _windows(self.validation[0], key, BATCH)[:, :-1])[1]
 
     def _loss(self, params: optax.Params, windows: jax.Array) -> jax.Array:
         logits, _ = self.model.apply(params, windows[:, :-1])

@@ -13,7 +13,7 @@ import optax
 
 import depthsmooth as ds
 from benchmarks.quality.arms import Arm, preconditioner
-from benchmarks.quality.task import EVALUATIONS, Task
+from benchmarks.quality.task import EVALUATIONS, TUNING, Task
 
 MICRO_BATCHES = 8
 """Whose gradients are compared."""
@@ -61,6 +61,7 @@ def program(task: Task, kind: Arm, observed: bool = False) -> Callable[..., Curv
 
     def run(seed: jax.Array, alpha: jax.Array, matrix: jax.Array, rate: jax.Array) -> Curves:
         start, batches, examination = jax.random.split(jax.random.key(seed), 3)
+        part = (seed >= TUNING).astype(int)
         tx = _optimizer(task, kind, observed, alpha, matrix, rate)
 
         def step(carry: Any, count: jax.Array) -> tuple[Any, jax.Array]:
@@ -73,7 +74,7 @@ def program(task: Task, kind: Arm, observed: bool = False) -> Callable[..., Curv
         def stretch(carry: Any, counts: jax.Array) -> tuple[Any, Curves]:
             carry, losses = jax.lax.scan(step, carry, counts)
             params, state = carry
-            measured = {**task.evaluate(params, examination), "train_loss": losses.mean()}
+            measured = {**task.evaluate(params, examination, part), "train_loss": losses.mean()}
             if observed:
                 measured |= _observed(task, params, state, examination)
             return carry, measured
