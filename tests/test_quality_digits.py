@@ -155,7 +155,7 @@ def test_what_is_held_out_is_never_trained_on(tmp_path):
     def losses(task):
         def both(key):
             params = task.init(key)
-            return task.loss(params, key), task.evaluate(params, key)["loss"]
+            return task.loss(params, key), task.evaluate(params, key, 0)["loss"]
 
         return jax.jit(both)(jax.random.key(0))
 
@@ -165,7 +165,7 @@ def test_what_is_held_out_is_never_trained_on(tmp_path):
 
 
 def test_begins_with_no_idea_of_the_digit(digits):
-    examined = jax.jit(lambda key: digits.evaluate(digits.init(key), key))(jax.random.key(0))
+    examined = jax.jit(lambda key: digits.evaluate(digits.init(key), key, 0))(jax.random.key(0))
     assert list(examined) == ["accuracy", "loss"]
     assert abs(examined["loss"] - math.log(10)) < 0.3
     assert examined["accuracy"] < 0.3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -25,6 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Makes the missing runs of a task, or repeats one; returns the exit status."""
     options = _parser()
     given = options.parse_args(arguments)
+    for name, task in (("text", "text"), ("cifar100", "digits")):
+        if getattr(given, name) and given.task != task:
+            options.error(f"--{name} is for {task}, not for {given.task}")
+    if not given.arm and (given.layers or given.steps or given.observe):
+        options.error("--layers, --steps and --observe are for one run: give its --arm, too")
     source = plan.Source(given.task, given.text, given.cifar100)
     try:
         task = plan.build(source, given.layers, given.steps)
@@ -47,28 +53,29 @@ def _repeat(source: plan.Source, run: Run) -> int:
 
 def _fill(source: plan.Source, kept: Results, quick: bool, processes: int) -> int:
     """Makes the runs that are missing, on all workers."""
-    studies = plan.studies(source.task, quick)
-    total = sum(study.expected() for study in studies)
-    print(f"{source.name}: {len(kept.lines)} of about {total} runs are in {kept.path}.")
+    studies = plan.studies(source.name, quick)
+    expected = sum(study.expected() * study.layers * study.steps for study in studies)
+    done = sum(run.layers * run.steps for run in kept.lines)
+    print(f"{source.name}: {len(kept.lines)} runs are in {kept.path}.")
     if not quick and source.name in (taken := _hours()):
         print(f"All that the repository has took {taken[source.name]}.")
-    with (
-        workers.pool(processes) as pool,
-        tqdm.tqdm(total=total, initial=len(kept.lines), unit="run") as bar,
-    ):
-        while missing := sorted(
-            {run for study in studies for run in study.missing(kept)}, key=_program
-        ):
-            futures = {pool.submit(workers.line, source, run): run for run in missing}
-            try:
+    bar = tqdm.tqdm(total=max(expected, done), initial=done, unit="layer steps", unit_scale=True)
+    with bar, workers.pool(processes) as pool:
+        try:
+            while missing := {run for study in studies for run in study.missing(kept)}:
+                runs = sorted(missing, key=_program)
+                futures = {pool.submit(workers.line, source, run): run for run in runs}
                 for future in concurrent.futures.as_completed(futures):
-                    kept.add(futures[future], future.result())
-                    bar.set_postfix_str(str(futures[future].arm), refresh=False)
-                    bar.update()
-            except KeyboardInterrupt:
-                pool.shutdown(wait=False, cancel_futures=True)
-                print(f"\nInterrupted: {len(kept.lines)} runs are kept. The same command goes on.")
-                return INTERRUPTED
+                    run = futures[future]
+                    kept.add(run, future.result())
+                    bar.set_postfix_str(str(run.arm), refresh=False)
+                    bar.update(run.layers * run.steps)
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            print(f"\nInterrupted: {len(kept.lines)} runs are kept. The same command goes on.")
+            return INTERRUPTED
     print(f"All runs are in {kept.path}: python -m benchmarks.report makes RESULTS.md of them.")
     return 0
 
@@ -113,12 +120,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _hours() -> dict[str, str]:
-    """What the results that are in the repository took."""
+    """What the results that are in the repository took, as far as they can be read."""
     taken = {}
     for path in sorted((results.DIRECTORY / "quality").glob("*.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        hours = sum(line["seconds"] for line in lines) / 3600
-        taken[path.stem] = f"{hours:.1f} hours of one core, in {len(lines)} runs"
+        with contextlib.suppress(ValueError):
+            lines = Results(path).lines.values()
+            hours = sum(line["seconds"] for line in lines) / 3600
+            taken[path.stem] = f"{hours:.1f} hours of one core, in {len(lines)} runs"
     return taken
 
 

@@ -15,7 +15,7 @@ import depthsmooth as ds
 from benchmarks.quality.arms import Base
 from benchmarks.quality.images import load_digits, patches
 from benchmarks.quality.model import Block, dense, stack
-from benchmarks.quality.task import Task
+from benchmarks.quality.task import Task, halves
 
 TIMES, BATCH, DRAWS = 1000, 16, 4
 """Steps from image to noise; images in a batch; draws of noise for each image examined."""
@@ -57,7 +57,7 @@ class Diffusion(Task):
             jnp.asarray(patches(images.normalised(pixels), PATCH), jnp.float32)
             for pixels in (images.train, images.test)
         )
-        self.test = jnp.stack([self.test[::2], self.test[1::2]])
+        self.test = halves(self.test)
         self.model = UTransformer(layers // 2)
         blocks = ds.sequence(("params/in_blocks", 0), "params/mid_block", ("params/out_blocks", 0))
         rules = ds.Depth.from_rules({"params/.*_blocks?/(?!skip).*": blocks})

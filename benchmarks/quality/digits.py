@@ -14,7 +14,7 @@ import optax
 from benchmarks.quality.arms import Base
 from benchmarks.quality.images import load_cifar100, load_digits, patches
 from benchmarks.quality.model import dense, stack
-from benchmarks.quality.task import Task
+from benchmarks.quality.task import Task, halves
 from depthsmooth import trace_depth
 
 BATCH, EXAMINED = 16, 150
@@ -37,10 +37,8 @@ class Digits(Task):
         self.data = self.images.digest
         self.train = jnp.asarray(self.images.train)
         self.labels = jnp.asarray(self.images.train_labels)
-        self.test, self.test_labels = (
-            jnp.asarray([values[::2], values[1::2]])
-            for values in (self.images.test, self.images.test_labels)
-        )
+        self.test = halves(self.images.test)
+        self.test_labels = halves(self.images.test_labels)
         patch, width = (4, 64) if cifar100 else (2, 32)
         self.model = VisionTransformer(self.images.classes, layers, patch, width)
         params = jax.eval_shape(self.init, jax.random.key(0))

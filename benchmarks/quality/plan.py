@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import pathlib
+import shlex
 from collections.abc import Callable, Iterable
 
 from benchmarks.quality.arms import Arm, Base, Scope
@@ -25,6 +27,15 @@ TASKS: dict[str, Callable[..., Task]] = {
     "diffusion": Diffusion,
     "policy": Policy,
 }
+CHANCE = {
+    "reversal": math.log(32),
+    "text": math.log(256),
+    "digits": math.log(10),
+    "cifar100": math.log(100),
+    "diffusion": 1.0,
+    "policy": 1.0,
+}
+"""The loss of who knows nothing."""
 ALPHAS = (0.05, 0.1, 0.2, 0.35, 0.5)
 BASES: tuple[Base, ...] = ("adamw", "sgd", "muon")
 VARIANTS: tuple[Variant, ...] = ("standard", "norm_preserving", "directional")
@@ -66,7 +77,8 @@ class Source:
     def options(self) -> str:
         """The options that name it."""
         paths = {"--text": self.text, "--cifar100": self.cifar100}
-        return " ".join([self.task, *(f"{key} {path}" for key, path in paths.items() if path)])
+        named = [f"{key} {shlex.quote(str(path))}" for key, path in paths.items() if path]
+        return " ".join([self.task, *named])
 
 
 @functools.cache

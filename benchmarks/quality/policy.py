@@ -14,7 +14,7 @@ from benchmarks.quality import addition
 from benchmarks.quality.addition import ANSWER, PROMPT
 from benchmarks.quality.arms import Base
 from benchmarks.quality.model import Transformer
-from benchmarks.quality.task import Task
+from benchmarks.quality.task import Task, halves
 from depthsmooth import trace_depth
 
 PROMPTS, GROUP, BETA, EPSILON = 8, 8, 0.04, 1e-4
@@ -64,7 +64,7 @@ class Policy(Task):
         self, params: optax.Params, key: jax.Array, part: jax.Array
     ) -> dict[str, jax.Array]:
         """Of answers to half of the held-out prompts: 1 − reward, reward, and the share right."""
-        sums = jnp.asarray([addition.HELD[::2], addition.HELD[1::2]])[part]
+        sums = halves(addition.HELD)[part]
         rewards, exact = reward(self.answered(params, sums, key), sums)
         return {"loss": 1 - rewards.mean(), "reward": rewards.mean(), "exact": exact.mean()}
 

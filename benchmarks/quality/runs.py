@@ -68,8 +68,9 @@ class Results:
         self.path = path
         self.lines: dict[Run, dict[str, Any]] = {}
         content = path.read_bytes() if path.exists() else b""
-        self._whole = content.rfind(b"\n") + 1
-        for number, text in enumerate(content[: self._whole].splitlines(), 1):
+        whole = content.rfind(b"\n") + 1
+        self._half_written = whole if whole < len(content) else None
+        for number, text in enumerate(content[:whole].splitlines(), 1):
             try:
                 line = json.loads(text)
                 self.lines[Run.from_json(line)] = line
@@ -88,10 +89,11 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {**run.to_json(), **line}
         text = json.dumps(_finite(content), allow_nan=False) + "\n"
-        with self.path.open("r+b" if self.path.exists() else "wb") as file:
-            file.truncate(self._whole)
-            file.seek(self._whole)
-            self._whole += file.write(text.encode())
+        if self._half_written is not None:
+            os.truncate(self.path, self._half_written)
+            self._half_written = None
+        with self.path.open("ab") as file:
+            file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
         self.lines[run] = content

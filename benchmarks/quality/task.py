@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from benchmarks.quality.arms import Base
@@ -16,6 +18,17 @@ EVALUATIONS = 10
 """How often a run is examined; it divides every number of steps."""
 TUNING = 100
 """Seeds from this on choose what others test, and are examined in other data."""
+
+
+def halves(values: np.ndarray) -> jax.Array:
+    """The even and the odd ones, of shape (2, half as many, …): what ``part`` is of.
+
+    Example:
+      >>> halves(np.arange(5)).tolist()
+      [[0, 2], [1, 3]]
+    """
+    count = len(values) // 2
+    return jnp.stack([values[: 2 * count : 2], values[1 : 2 * count : 2]])
 
 
 class Task(abc.ABC):

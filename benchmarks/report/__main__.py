@@ -21,12 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--results", type=pathlib.Path, default=results.DIRECTORY / "quality")
     options.add_argument("--out", type=pathlib.Path, default=ROOT, help="where RESULTS.md goes")
     given = options.parse_args(arguments)
-    evidence = gather(given.results)
+    evidence, begun = gather(given.results)
     if not evidence:
         options.error(f"{given.results} holds no complete study: run python -m benchmarks.quality")
     pictures = draw(evidence, given.out / "docs" / "results")
     with replacing(given.out / "RESULTS.md") as file:
-        file.write(document(evidence, pictures).encode())
+        file.write(document(evidence, begun, pictures).encode())
     print(f"Written: {given.out / 'RESULTS.md'}, of {len(evidence)} complete studies.")
 
 

@@ -4,61 +4,66 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks import results
 from benchmarks.quality.arms import Arm, Base
 from benchmarks.report.evidence import LOSS, Curves, Evidence, Measure, last, mean
 from benchmarks.report.statistics import Comparison, Verdict, corrected, judged, overall
 
-REQUIRED = ("retuned", "shuffled")
-"""What smoothing has to beat: the base optimizer at its own best rate, and layers out of order."""
-CONTROLS = ("shuffled", "shrunk", "mean")
-OPPONENTS = ("untuned", "retuned", *CONTROLS)
-"""The first is the base optimizer at the task's own rate, with smoothing at the same rate."""
-
+OPPONENTS = ("untuned", "retuned", "deepest", "shuffled", "shrunk", "mean")
+"""The first is the base optimizer at the task's own learning rate, with smoothing at the same."""
+REQUIRED = ("retuned", "deepest", "shuffled", "shrunk")
+"""Those of them that have to be beaten, as far as there are such."""
+SHARE = 0.05
+"""The smallest gain that matters, of what the base optimizer has, for all but losses."""
 
 Pair = tuple[np.ndarray, np.ndarray]
 """What was measured of smoothing, and of an opponent, each of shape ``(seeds,)``."""
 
 
-class Trial(NamedTuple):
-    """A claim tried in one setting, before it is judged.
+def relevant_share() -> float:
+    """The smallest gain that matters in losses: half of that of the published replication."""
+    [published, *_] = (results.read("published") or {})["rows"]
+    return float(-0.5 * published["difference"] / published["adamw"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A claim tried in one setting.
 
     Attributes:
       setting: where.
       arm: the smoothing that was tested.
       pairs: with each opponent.
-      scale: what a gain is a share of; the opponent's if it is not given.
+      relevant: the smallest gain that matters.
     """
 
     setting: str
     arm: Arm
     pairs: Mapping[str, Pair]
-    scale: float | None = None
+    relevant: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A claim in one setting.
+    """What was found in one setting.
 
     Attributes:
-      setting: where it was tried.
-      arm: the smoothing that was tested.
-      ours: its mean over the test seeds.
-      comparisons: with each opponent.
+      trial: what was compared.
+      comparisons: with each opponent, corrected for all of the claim.
+      verdict: of those that have to be won.
     """
 
-    setting: str
-    arm: Arm
-    ours: float
+    trial: Trial
     comparisons: Mapping[str, Comparison]
+    verdict: Verdict
 
     @property
-    def verdict(self) -> Verdict:
-        """Of those comparisons that have to be won."""
-        return judged([self.comparisons[name] for name in REQUIRED])
+    def ours(self) -> float:
+        """What was measured of smoothing at its best rate, mean over the test seeds."""
+        return float(self.trial.pairs["retuned"][0].mean())
 
     @property
     def beats_all(self) -> bool:
@@ -91,117 +96,61 @@ def claims(evidence: Sequence[Evidence]) -> list[Claim]:
     """All claims but that of cost."""
     grids = [each for each in evidence if each.study.name == "grid"]
     several = [(each, base) for each in grids if len(each.bases) > 1 for base in each.bases]
-    images = [each for each in grids if each.task in ("digits", "cifar100")]
-    depths = by_depth(evidence)
+    repeated = [each for each in grids if each.task in ("digits", "cifar100")]
     observed = [each for each in evidence if each.study.observed]
     return [
         _claim(
             "Better generalisation",
-            "loss on held-out data at the end; in digits the share of wrong answers, too",
-            [_chosen(each, each.task, LOSS) for each in grids]
-            + [_chosen(each, f"{each.task}, wrong answers", _wrong) for each in images],
+            "loss on held-out data at the end; of images, which are seen several times, also the "
+            "share of wrong answers, and how much larger the loss is than in training",
+            [_loss(each, each.task) for each in grids]
+            + [_other(each, f"{each.task}, wrong answers", _wrong) for each in repeated]
+            + [_other(each, f"{each.task}, gap to training", _gap) for each in repeated],
         ),
         _claim(
             "Faster convergence",
-            "held-out loss, mean over training",
-            [_chosen(each, each.task, mean("loss")) for each in grids],
+            "share of the training until the held-out loss is where that of the retuned base is "
+            "halfway",
+            [_convergence(each) for each in grids],
         ),
         _claim(
             "Less sensitive to the learning rate",
-            "held-out loss at the end, mean over rates from ¼ to 4, minus that at the best rate",
-            [_swept(each) for each in grids if each.study.swept],
+            "held-out loss at the end, mean over ¼, ½, 1, 2 and 4 times the arm's own best rate, "
+            "minus that at the best",
+            [_sensitivity(each) for each in grids if each.study.swept],
         ),
         _claim(
             "More help for deeper networks",
             "growth of the final held-out loss from the fewest to the most layers, on a line "
-            "through all",
-            [_deeper(task, each) for task, each in depths.items()],
+            "through all; and the loss at the most",
+            [_deeper(task, each) for task, each in by_depth(evidence).items()],
         ),
         _claim(
             "Works on Adam, SGD and Muon alike",
             "loss on held-out data at the end",
-            [_chosen(each, f"{each.task}, {base}", LOSS, base) for each, base in several],
+            [_loss(each, f"{each.task}, {base}", base) for each, base in several],
         ),
         _claim(
             "Less noise in gradients",
-            "variance of the gradients of micro-batches, mean over training",
-            [_observed(each, each.task, mean("gradient_variance")) for each in observed],
+            "variance of the gradients of micro-batches, as it is and over the square of their "
+            "mean; means over training",
+            [_other(each, f"{each.task}, variance", mean("gradient_variance")) for each in observed]
+            + [
+                _other(each, f"{each.task}, ratio", mean("gradient_noise_scale"))
+                for each in observed
+            ],
         ),
         _claim(
             "Straighter, more aligned representations",
             "line shape score of hidden states; 1 − cosine of what neighbours add to them; means "
             "over training",
             [
-                _observed(each, f"{each.task}, line shape", mean("line_shape_score"))
+                _other(each, f"{each.task}, line shape", mean("line_shape_score"))
                 for each in observed
             ]
-            + [_observed(each, f"{each.task}, misalignment", _misaligned) for each in observed],
+            + [_other(each, f"{each.task}, misalignment", _misaligned) for each in observed],
         ),
     ]
-
-
-def _claim(title: str, measured: str, trials: Sequence[Trial]) -> Claim:
-    """Compares, and corrects for the number of comparisons."""
-    compared = [
-        (trial, name, Comparison.between(*pair, trial.scale))
-        for trial in trials
-        for name, pair in trial.pairs.items()
-    ]
-    fair = corrected([comparison for _, _, comparison in compared])
-    findings = []
-    for trial in trials:
-        comparisons = {
-            name: comparison
-            for (of, name, _), comparison in zip(compared, fair, strict=True)
-            if of is trial
-        }
-        ours, _ = trial.pairs["retuned"]
-        findings.append(Finding(trial.setting, trial.arm, float(ours.mean()), comparisons))
-    return Claim(title, measured, findings)
-
-
-def _against(arm: Arm, values: Callable[[Arm], np.ndarray]) -> dict[str, Pair]:
-    """An arm with its base optimizer and with its controls."""
-    controls = {control.control: (values(arm), values(control)) for control in arm.controls}
-    return {"retuned": (values(arm), values(arm.plain)), **controls}
-
-
-def _chosen(evidence: Evidence, setting: str, measure: Measure, base: Base = "adamw") -> Trial:
-    arm = evidence.chosen(base)
-    pairs = _against(arm, lambda each: evidence.values(each, measure))
-    if arm in evidence.study.untuned:
-        ours, theirs = (evidence.values(each, measure, rate=1.0) for each in (arm, arm.plain))
-        pairs["untuned"] = ours, theirs
-    return Trial(setting, arm, pairs)
-
-
-def _swept(evidence: Evidence) -> Trial:
-    arm = evidence.chosen("adamw")
-    pairs = _against(arm, lambda each: evidence.sweep(each).mean(axis=1) - evidence.values(each))
-    return Trial(evidence.task, arm, pairs, scale=evidence.values(arm.plain).mean())
-
-
-def _observed(evidence: Evidence, setting: str, measure: Measure) -> Trial:
-    [arm] = [arm for arm in evidence.study.arms if arm.alpha and not arm.control]
-    return Trial(setting, arm, _against(arm, lambda each: evidence.values(each, measure)))
-
-
-def _deeper(task: str, depths: Sequence[Evidence]) -> Trial:
-    """At each depth of the arm that was chosen there."""
-    arms = [each.chosen("adamw") for each in depths]
-    doublings = np.log2([each.study.layers for each in depths])
-
-    def growth(change: Callable[[Arm], Arm]) -> np.ndarray:
-        losses = [each.values(change(arm)) for each, arm in zip(depths, arms, strict=True)]
-        slopes: np.ndarray = np.polyfit(doublings, losses, 1)[0]
-        return np.ptp(doublings) * slopes
-
-    ours = growth(lambda arm: arm)
-    pairs = {"retuned": (ours, growth(lambda arm: arm.plain))}
-    for control in arms[-1].controls:
-        name = control.control
-        pairs[name] = ours, growth(lambda arm, name=name: arm.controlled(name))
-    return Trial(task, arms[-1], pairs, scale=depths[-1].values(arms[-1].plain).mean())
 
 
 def by_depth(evidence: Sequence[Evidence]) -> dict[str, list[Evidence]]:
@@ -213,8 +162,96 @@ def by_depth(evidence: Sequence[Evidence]) -> dict[str, list[Evidence]]:
     return found
 
 
+def _claim(title: str, measured: str, trials: Sequence[Trial]) -> Claim:
+    """Compares, and corrects for the number of comparisons."""
+    compared = [
+        {name: Comparison.between(*pair, trial.relevant) for name, pair in trial.pairs.items()}
+        for trial in trials
+    ]
+    verdicts = judged([[each[name] for name in REQUIRED if name in each] for each in compared])
+    fair = iter(corrected([each for comparisons in compared for each in comparisons.values()]))
+    return Claim(
+        title,
+        measured,
+        [
+            Finding(trial, {name: next(fair) for name in comparisons}, verdict)
+            for trial, comparisons, verdict in zip(trials, compared, verdicts, strict=True)
+        ],
+    )
+
+
+def _against(arm: Arm, values: Callable[[Arm], np.ndarray]) -> dict[str, Pair]:
+    """An arm with its base optimizer and with its controls."""
+    controls = {control.control: (values(arm), values(control)) for control in arm.controls}
+    return {"retuned": (values(arm), values(arm.plain)), **controls}
+
+
+def _measured(
+    evidence: Evidence, setting: str, measure: Measure, share: float, base: Base = "adamw"
+) -> Trial:
+    arm = evidence.claimed(base)
+    pairs = _against(arm, lambda each: evidence.values(each, measure))
+    if arm in evidence.study.untuned:
+        ours, theirs = (evidence.values(each, measure, rate=1.0) for each in (arm, arm.plain))
+        pairs["untuned"] = ours, theirs
+    _, theirs = pairs["retuned"]
+    return Trial(setting, arm, pairs, share * abs(theirs.mean()))
+
+
+def _loss(evidence: Evidence, setting: str, base: Base = "adamw") -> Trial:
+    return _measured(evidence, setting, LOSS, relevant_share(), base)
+
+
+def _other(evidence: Evidence, setting: str, measure: Measure) -> Trial:
+    return _measured(evidence, setting, measure, SHARE)
+
+
+def _convergence(evidence: Evidence) -> Trial:
+    arm = evidence.claimed("adamw")
+    curve = evidence.curve(arm.plain, "loss")
+    target = curve[:, curve.shape[1] // 2 - 1]
+    pairs = _against(arm, lambda each: _share_until(evidence.curve(each, "loss"), target))
+    return Trial(evidence.task, arm, pairs, SHARE * pairs["retuned"][1].mean())
+
+
+def _share_until(curves: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The share of the training after which curves are first at a target, between evaluations."""
+    count = curves.shape[1]
+    shares = []
+    for curve, wanted in zip(curves, target, strict=True):
+        [reached] = np.nonzero(curve <= wanted)
+        first = int(reached[0]) if reached.size else count - 1
+        before = (curve[first] - wanted) / (curve[first] - curve[first - 1]) if first else 0.0
+        shares.append((first + 1 - (before if reached.size else 0.0)) / count)
+    return np.array(shares)
+
+
+def _sensitivity(evidence: Evidence) -> Trial:
+    arm = evidence.claimed("adamw")
+    pairs = _against(arm, lambda each: evidence.swept(each).mean(axis=1) - evidence.values(each))
+    return Trial(evidence.task, arm, pairs, SHARE * pairs["retuned"][1].mean())
+
+
+def _deeper(task: str, depths: Sequence[Evidence]) -> Trial:
+    deepest = depths[-1]
+    arm = deepest.claimed("adamw")
+    doublings = np.log2([each.study.layers for each in depths])
+
+    def growth(arm: Arm) -> np.ndarray:
+        slopes: np.ndarray = np.polyfit(doublings, [each.values(arm) for each in depths], 1)[0]
+        return np.ptp(doublings) * slopes
+
+    base = deepest.values(arm.plain)
+    pairs = {**_against(arm, growth), "deepest": (deepest.values(arm), base)}
+    return Trial(task, arm, pairs, relevant_share() * base.mean())
+
+
 def _wrong(curves: Curves) -> float:
     return 1 - last("accuracy")(curves)
+
+
+def _gap(curves: Curves) -> float:
+    return last("loss")(curves) - last("train_loss")(curves)
 
 
 def _misaligned(curves: Curves) -> float:

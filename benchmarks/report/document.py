@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from benchmarks import results
 from benchmarks.quality.arms import Arm, Base
-from benchmarks.quality.studies import CANDIDATES
-from benchmarks.report.claims import OPPONENTS, Claim, claims
+from benchmarks.quality.studies import CANDIDATES, RATES
+from benchmarks.report.claims import OPPONENTS, SHARE, Claim, claims, relevant_share
 from benchmarks.report.evidence import Evidence, last
-from benchmarks.report.statistics import RELEVANT, Comparison, Verdict, corrected
+from benchmarks.report.statistics import Comparison, Verdict, corrected
 
-NEGLIGIBLE = 1.03
+NEGLIGIBLE = 1.05
 """The ratio of step times up to which cost is negligible."""
-OPPONENT_NAMES = {
+NAMES = {
     "untuned": "minus base, both at 1×",
     "retuned": "minus base, each at its best",
+    "deepest": "minus base, at the most layers",
     "shuffled": "minus shuffled layers",
     "shrunk": "minus smaller step",
     "mean": "minus mean over layers",
 }
 PICTURES = {
-    "alpha": "What α does, at one learning rate and at each arm's best",
-    "rates": "Loss at every learning rate: AdamW, the smoothed arm, its controls",
+    "alpha": "What α does: at one learning rate, and with each arm at its best",
+    "rates": "Loss against the learning rate, over the best of each arm",
     "depth": "What smoothing gains or loses, against the number of layers",
-    "mechanism": "Updates, gradients and hidden states over training, all at one learning rate",
+    "mechanism": "Updates, gradients and hidden states over training, each arm at its best rate",
 }
 MEASURED = {
     "accuracy": "accuracy",
@@ -36,30 +38,33 @@ MEASURED = {
 }
 
 
-def document(evidence: Sequence[Evidence], pictures: Sequence[str]) -> str:
+def document(evidence: Sequence[Evidence], begun: Sequence[str], pictures: Sequence[str]) -> str:
     """The whole page."""
     found = claims(evidence)
+    sweeps = [each for each in evidence if each.study.swept]
     parts = [
-        _INTRODUCTION,
+        _introduction(),
         _verdicts(found),
-        recommendation(evidence, found),
+        f"Only begun, and left out: {'; '.join(begun)}." if begun else "",
+        recommendation(found),
         _replication(evidence),
-        *(_claim(claim) for claim in found),
+        *map(_claim, found),
+        "\n\n".join(["## Loss at every learning rate", *map(_sweep, sweeps)]) if sweeps else "",
         _overhead(),
         *(
-            f"![{PICTURES[name]}](docs/results/{name}.png)\n\n*{PICTURES[name]}.*"
+            f"## {PICTURES[name]}\n\n![{PICTURES[name]}](docs/results/{name}.png)"
             for name in pictures
         ),
         "## Every arm that ran",
         *(_arms(each, base) for each in evidence for base in each.bases),
         _HOW,
     ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def recommendation(evidence: Sequence[Evidence], found: Sequence[Claim]) -> str:
+def recommendation(found: Sequence[Claim]) -> str:
     """What to do, in three lines that README repeats."""
-    return ""
+    return "## Recommendation\n\n- to be written"
 
 
 def _verdicts(found: Sequence[Claim]) -> str:
@@ -68,16 +73,16 @@ def _verdicts(found: Sequence[Claim]) -> str:
         verdicts = [finding.verdict for finding in claim.findings]
         counts = [f"{verdicts.count(each)} {each.value}" for each in Verdict if each in verdicts]
         title = f"[{claim.title}](#{_anchor(claim.title)})"
-        won = [_won(claim, name) for name in ("untuned", "retuned", "shuffled")]
+        won = [_won(claim, name) for name in ("untuned", "retuned", "shuffled", "shrunk")]
         rows.append([title, f"**{claim.verdict.value}**", ", ".join(counts), *won])
-    ratios = [row["ratio"] for row in _training()]
+    ratios = [row["ratio"] for row in _training()["rows"]]
     cost = f"a training step takes {min(ratios):.3f} to {max(ratios):.3f} times as long"
     title = "[Negligible overhead](#negligible-overhead)"
-    rows.append([title, f"**{_overhead_verdict().value}**", cost, "", "", ""])
-    names = ("untuned base", "retuned base", "shuffled layers")
+    rows.append([title, f"**{_overhead_verdict().value}**", cost, "", "", "", ""])
+    names = ("untuned base", "retuned base", "shuffled layers", "smaller step")
     header = ["claim", "verdict", "settings", *(f"beats {name} in" for name in names)]
     best = [
-        f"{claim.title.lower()} ({finding.setting})"
+        f"{claim.title.lower()} ({finding.trial.setting})"
         for claim in found
         for finding in claim.findings
         if finding.beats_all
@@ -94,24 +99,18 @@ def _won(claim: Claim, opponent: str) -> str:
 
 
 def _claim(claim: Claim) -> str:
-    rows = []
-    for finding in claim.findings:
-        rows.append(
-            [
-                finding.setting,
-                f"`{finding.arm}`",
-                f"{finding.ours:.4f}",
-                *(_compared(finding.comparisons.get(name)) for name in OPPONENTS),
-                finding.verdict.value,
-            ]
-        )
-    header = [
-        "setting",
-        "chosen arm",
-        "mean",
-        *(OPPONENT_NAMES[name] for name in OPPONENTS),
-        "verdict",
+    met = [name for name in OPPONENTS if any(name in each.comparisons for each in claim.findings)]
+    rows = [
+        [
+            finding.trial.setting,
+            f"`{finding.trial.arm}`",
+            f"{finding.ours:.4f}",
+            *(_compared(finding.comparisons.get(name)) for name in met),
+            finding.verdict.value,
+        ]
+        for finding in claim.findings
     ]
+    header = ["setting", "smoothed arm", "mean", *(NAMES[name] for name in met), "verdict"]
     return f"## {claim.title}\n\nMeasured: {claim.measured}.\n\n{table(header, rows)}"
 
 
@@ -154,46 +153,53 @@ def _repeated(evidence: Evidence, row: Mapping[str, Any], name: str) -> str:
     )
 
 
+def _sweep(evidence: Evidence) -> str:
+    """What the sensitivity is computed from."""
+    rows = []
+    for arm in evidence.study.compared("adamw", evidence.results):
+        losses = evidence.swept(arm).mean(axis=0)
+        rows.append([f"`{arm}`", f"{evidence.rate(arm):g}×", *(f"{loss:.4f}" for loss in losses)])
+    header = ["arm", "its best rate", *(f"{factor:g} of it" for factor in RATES)]
+    return f"{evidence.task}, mean of the final held-out loss:\n\n{table(header, rows)}"
+
+
 def _arms(evidence: Evidence, base: Base) -> str:
     """One row for each arm of a study."""
-    study = evidence.study
-    tuned = len(study.rates) > 1
+    study, plain = evidence.study, Arm(base)
     arms = evidence.arms(base)
-    plain = Arm(base)
-    compared = corrected(
-        [Comparison.between(evidence.values(a), evidence.values(plain)) for a in arms[1:]]
-    )
-    untuned = {
-        arm: Comparison.between(evidence.values(arm, rate=1.0), evidence.values(plain, rate=1.0))
-        for arm in study.untuned
-        if tuned and arm.base == base and arm != plain
-    }
-    chosen = study.claim(base, evidence.results)
+    ours = [evidence.values(arm) for arm in arms]
+    compared = corrected([Comparison.between(values, ours[0]) for values in ours[1:]])
+    untuned = [arm for arm in arms if arm in study.untuned and arm != plain]
     others = [name for name in MEASURED if name in _curves(evidence)]
+    claimed = study.claimed(base, evidence.results)
     rows = []
-    for arm, comparison in zip(arms, [None, *compared], strict=True):
-        name = f"**`{arm}`**" if arm == chosen else f"`{arm}`"
-        cells = [name, f"{evidence.rate(arm):g}×", f"{evidence.values(arm).mean():.4f}"]
+    for arm, values, comparison in zip(arms, ours, [None, *compared], strict=True):
+        cells = [f"**`{arm}`**" if arm == claimed else f"`{arm}`", _rate(evidence, arm)]
+        cells.append(f"{values.mean():.4f}")
         cells += [f"{evidence.values(arm, last(other)).mean():.4f}" for other in others]
         cells += _details(comparison) if comparison else ["", "", ""]
         if untuned:
-            cells.append(str(untuned[arm]) if arm in untuned else "")
+            pair = (evidence.values(each, rate=1.0) for each in (arm, plain) if arm in untuned)
+            cells.append(str(Comparison.between(*pair)) if arm in untuned else "")
         rows.append(cells)
     header = ["arm", "rate", "final loss", *(MEASURED[name] for name in others)]
     header += [f"minus {base}, each at its rate", "better", "p (Holm)"]
     header += ["minus it, both at 1×"] if untuned else []
     title = f"{evidence.task}, {study.name}, {base}: {study.layers} layers, {study.steps} steps"
-    note = f"{len(study.test)} seeds. {evidence.environment()}."
     return (
         f"<details><summary>{title} ({len(arms)} arms)</summary>\n\n{table(header, rows)}\n\n"
-        f"*{note}*\n\n</details>"
+        f"*{len(study.test)} seeds. {evidence.environment()}.*\n\n</details>"
     )
 
 
-def _curves(evidence: Evidence) -> Iterable[str]:
-    run = evidence.study.tests(evidence.study.arms[0], evidence.rate(evidence.study.arms[0]))[0]
-    curves: dict[str, Any] = evidence.results.lines[run]["curves"]
-    return curves
+def _rate(evidence: Evidence, arm: Arm) -> str:
+    rate = evidence.rate(arm)
+    return f"{rate:g}×" + " (edge)" * (rate in (CANDIDATES[0], CANDIDATES[-1]))
+
+
+def _curves(evidence: Evidence) -> Mapping[str, Any]:
+    arm = evidence.study.arms[0]
+    return evidence.curves(evidence.study.tests(arm, evidence.rate(arm))[0])
 
 
 def _details(comparison: Comparison) -> list[str]:
@@ -204,21 +210,25 @@ def _details(comparison: Comparison) -> list[str]:
 def _compared(comparison: Comparison | None) -> str:
     if comparison is None:
         return "–"
-    sign = "better" if comparison.better else "worse" if comparison.worse else "same"
-    return f"{comparison} {sign}"
+    sign = " better" if comparison.better else " worse" if comparison.worse else ""
+    return f"{comparison}{sign}"
 
 
-def _training() -> list[dict[str, Any]]:
+def _training() -> dict[str, Any]:
+    """What was measured of whole training steps."""
     measured = results.read("speed") or {"rows": []}
-    return [row for row in measured["rows"] if row["part"] == "training"]
+    return {**measured, "rows": [row for row in measured["rows"] if row["part"] == "training"]}
 
 
 def _overhead_verdict() -> Verdict:
-    small = max(row["ratio"] for row in _training()) <= NEGLIGIBLE
-    return Verdict.SUPPORTED if small else Verdict.NOT_SUPPORTED
+    low, high = np.transpose([row["quartiles"] for row in _training()["rows"]])
+    if (high <= NEGLIGIBLE).all():
+        return Verdict.SUPPORTED
+    return Verdict.NOT_SUPPORTED if (low > NEGLIGIBLE).any() else Verdict.INCONCLUSIVE
 
 
 def _overhead() -> str:
+    measured = _training()
     rows = [
         [
             str(row["layers"]),
@@ -227,14 +237,13 @@ def _overhead() -> str:
             f"{row['ratio']:.3f}",
             "{:.3f} to {:.3f}".format(*row["quartiles"]),
         ]
-        for row in _training()
+        for row in measured["rows"]
     ]
-    measured = json.loads((results.DIRECTORY / "speed.json").read_text())
     header = ["layers", "width", "parameters", "step time, smoothed over plain", "quartiles"]
     return (
         "## Negligible overhead\n\nMeasured: whole training steps with as many tokens for each "
-        f"parameter as nanochat has, in pairs; negligible is up to {NEGLIGIBLE:g}. What is "
-        f"compiled for TPU and H100 is in [docs/sharding.md](docs/sharding.md).\n\n"
+        f"parameter as nanochat has, in pairs; negligible is up to {NEGLIGIBLE:g} in all "
+        "quartiles. What is compiled for TPU and H100: [docs/sharding.md](docs/sharding.md).\n\n"
         f"{table(header, rows)}\n\n"
         f"*{measured['device']}; Python {measured['python']}, JAX {measured['jax']}*"
     )
@@ -250,31 +259,39 @@ def _anchor(title: str) -> str:
     return "".join(c for c in title.lower().replace(" ", "-") if c.isalnum() or c == "-")
 
 
-_INTRODUCTION = f"""\
+def _introduction() -> str:
+    share = 100 * relevant_share()
+    return f"""\
 # Does Gradient Smoothing help?
 
 Small models, trained on a CPU, with repeated seeds and controls. This page is made out of
 [benchmarks/results](benchmarks/results) by `python -m benchmarks.report`.
 
-- **Arms** are named `base/variant/scope/α/control`. Every arm has its own best learning rate, found
-  on seeds 100 to 102 and tested on seeds 0 to 9, with the same start, batches and examination for
-  all arms. The smoothed arm that a claim is tested with was chosen on the former seeds as well.
-- **Controls** of an arm: *shuffled layers*, the same mixing with layers in a random order, another
-  for each seed; *smaller step*, each layer gets the norm that mixing would have left, and no
-  mixing; *mean over layers*, the share α is taken from the mean over all layers.
+- **Arms** are named `base/variant/scope/α/control`. Every arm has its own best learning rate, to
+  a factor of √2, found on seeds 100 to 102 and tested on seeds 0 to 9, which are examined in other
+  held-out data; start and batches are the same for all arms of a seed. The smoothed arm that a
+  claim is tested with was chosen on the former seeds as well, or is the published α = 0.2.
+- **Controls** have the α of that arm: *shuffled layers*, the same mixing with layers in a random
+  order, another for each seed (with 4 layers there is but one); *smaller step*, each layer gets the
+  norm that mixing would have left, and no mixing; *mean over layers*, the share α is taken from the
+  mean over all layers.
 - **Differences** are paired over seeds, with 95 % t-intervals; below 0 is better. "Better" and
-  "worse" are said by the paired t-test at 5 %, with Holm's correction over each table.
-- **Supported**: smoothing beats its base optimizer *with a retuned learning rate*, and shuffled
-  layers. **Not supported**: it is worse than one of them, or the interval excludes a gain of
-  {100 * RELEVANT:.2f} %, half of the published replication's. **Inconclusive**: neither. In several
-  settings a claim is supported if it is in all, and not supported if in none, and refused in some.
-"""
+  "worse" are said by the paired t-test at 5 %, with Holm's correction over the table.
+- **Supported**: smoothing beats its base optimizer *with a retuned learning rate*, shuffled
+  layers and, where it makes the step smaller, the smaller step. **Not supported**: surely it does
+  not beat one of them by as much as matters: {share:.2f} % of a loss, half of what the published
+  replication gained, and {100 * SHARE:g} % of other measures. **Inconclusive**: neither. Both with
+  Holm's correction over the settings of a claim, which is supported if it is in all of them, and
+  not supported if it is in none and refused in most.
+- Intervals are over seeds, and take the learning rates and the data for given."""
+
 
 _HOW = f"""\
 ## How to repeat it
 
 Each line in `benchmarks/results/quality/*.jsonl` is a run, with the command that repeats it;
 `python -m benchmarks.quality TASK` makes all that are missing, and `--help` says how long that
-took. Where the best rate is at the edge of ¼ to 4, the next power of 2 is tried too, down to
-{CANDIDATES[0]:g} and up to {CANDIDATES[-1]:g}.
+took. Rates from ¼ to 4 times the task's are tried first, then those beyond an edge, down to
+{CANDIDATES[0]:g} and up to {CANDIDATES[-1]:g}, and those beside the best. Losses above chance, as
+where training diverged, count as chance.
 """

@@ -9,24 +9,23 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from benchmarks.quality.arms import Arm, Base
-from benchmarks.quality.plan import studies
-from benchmarks.quality.runs import Results
+from benchmarks.quality.plan import CHANCE, studies
+from benchmarks.quality.runs import Results, Run
 from benchmarks.quality.studies import Study
 
-Curves = Mapping[str, Sequence[float | None]]
-"""What a run measured over training; None where it diverged."""
+Curves = Mapping[str, Sequence[float]]
+"""What a run measured over training."""
 Measure = Callable[[Curves], float]
-"""A number of the curves of a run."""
 
 
 def last(name: str) -> Measure:
-    """The last of a curve; inf where training diverged."""
-    return lambda curves: _number(curves[name][-1])
+    """The last of a curve."""
+    return lambda curves: curves[name][-1]
 
 
 def mean(name: str) -> Measure:
     """The mean of a curve over training."""
-    return lambda curves: float(np.mean([_number(value) for value in curves[name]]))
+    return lambda curves: float(np.mean(curves[name]))
 
 
 LOSS = last("loss")
@@ -34,7 +33,7 @@ LOSS = last("loss")
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """A study and its results.
+    """A study whose runs are complete, and their results.
 
     Attributes:
       task: whose results they are.
@@ -59,31 +58,40 @@ class Evidence:
         """The best on the tuning seeds."""
         return self.study.rate(arm, self.results)
 
-    def chosen(self, base: Base) -> Arm:
-        """The smoothed arm that the tuning seeds chose.
+    def claimed(self, base: Base) -> Arm:
+        """The smoothed arm that claims are tested with.
 
         Raises:
-          ValueError: if they were not asked.
+          ValueError: if there is none.
         """
-        arm = self.study.claim(base, self.results)
+        arm = self.study.claimed(base, self.results)
         if arm is None:
-            raise ValueError(f"in {self.study.name} of {self.task} nothing is chosen")
+            raise ValueError(f"in {self.study.name} of {self.task} nothing is claimed")
         return arm
 
     def values(self, arm: Arm, measure: Measure = LOSS, rate: float | None = None) -> np.ndarray:
         """Of the test seeds, at the best rate if none is given, of shape ``(seeds,)``."""
         runs = self.study.tests(arm, self.rate(arm) if rate is None else rate)
-        return np.array([measure(self.results.lines[run]["curves"]) for run in runs])
+        return np.array([measure(self.curves(run)) for run in runs])
 
-    def curve(self, arm: Arm, name: str, rate: float | None = None) -> np.ndarray:
-        """Over training, of shape ``(seeds, evaluations)``."""
-        runs = self.study.tests(arm, self.rate(arm) if rate is None else rate)
-        curves = [self.results.lines[run]["curves"][name] for run in runs]
-        return np.array([[_number(value) for value in curve] for curve in curves])
+    def curve(self, arm: Arm, name: str) -> np.ndarray:
+        """Over training at the best rate, of shape ``(seeds, evaluations)``."""
+        runs = self.study.tests(arm, self.rate(arm))
+        return np.array([self.curves(run)[name] for run in runs])
 
-    def sweep(self, arm: Arm) -> np.ndarray:
-        """The loss at every rate, of shape ``(seeds, rates)``."""
-        return np.transpose([self.values(arm, rate=rate) for rate in self.study.rates])
+    def swept(self, arm: Arm) -> np.ndarray:
+        """The loss at every rate around the best, of shape ``(seeds, rates)``."""
+        rates = self.study.around(arm, self.results)
+        return np.transpose([self.values(arm, rate=rate) for rate in rates])
+
+    def curves(self, run: Run) -> dict[str, list[float]]:
+        """Of a run: held-out losses above chance, as where training diverged, count as chance."""
+        measured: Mapping[str, Sequence[float | None]] = self.results.lines[run]["curves"]
+        found = {
+            name: [float("inf") if value is None else value for value in curve]
+            for name, curve in measured.items()
+        }
+        return {**found, "loss": [min(value, CHANCE[self.task]) for value in found["loss"]]}
 
     def environment(self) -> str:
         """Device, versions and dates of the runs."""
@@ -105,16 +113,14 @@ class Evidence:
         )
 
 
-def gather(directory: pathlib.Path) -> list[Evidence]:
-    """All studies whose runs are complete."""
-    found = []
+def gather(directory: pathlib.Path) -> tuple[list[Evidence], list[str]]:
+    """All studies whose runs are complete, and the names of those that have only begun."""
+    found, begun = [], []
     for path in sorted(directory.glob("*.jsonl")):
         results = Results(path)
         for study in studies(path.stem):
-            if not study.missing(results):
+            if study.missing(results):
+                begun.append(f"{path.stem}, {study.name}, {study.layers} layers")
+            else:
                 found.append(Evidence(path.stem, study, results))
-    return found
-
-
-def _number(value: float | None) -> float:
-    return float("inf") if value is None else value
+    return found, begun

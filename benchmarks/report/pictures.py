@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from benchmarks.quality.arms import Arm
 from benchmarks.quality.plan import ALPHAS
+from benchmarks.quality.studies import RATES
 from benchmarks.report.claims import by_depth
 from benchmarks.report.evidence import Evidence
 from depthsmooth.demo.results import replacing
@@ -86,10 +87,14 @@ def _rates(evidence: Sequence[Evidence]) -> Figure:
     for column, each in enumerate(evidence):
         ax = figure.add_subplot(1, len(evidence), column + 1)
         for arm in each.study.compared("adamw", each.results):
-            _draw(ax, arm.control if arm.alpha else "base", each.study.rates, each.sweep(arm))
+            _draw(ax, arm.control if arm.alpha else "base", RATES, each.swept(arm))
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter("{x:g}×")
-        ax.set(title=each.task, xlabel="learning rate", ylabel="final held-out loss")
+        ax.set(
+            title=each.task,
+            xlabel="learning rate, over the arm's best",
+            ylabel="final held-out loss",
+        )
         ax.legend(frameon=False, fontsize=9)
     return figure
 
@@ -103,7 +108,7 @@ def _depth(evidence: Sequence[Evidence]) -> Figure:
         for opponent in ("base", "shuffled", "shrunk"):
             differences = []
             for each in depths:
-                arm = each.chosen("adamw")
+                arm = each.claimed("adamw")
                 other = arm.plain if opponent == "base" else arm.controlled(opponent)
                 differences.append(each.values(arm) - each.values(other))
             label = f"smoothed minus {NAMES[opponent].removeprefix('control: ')}"
