@@ -1,8 +1,11 @@
 """The quality benchmark: what is compared is fair, what is kept is whole, what is said follows."""
 
+import doctest
+import importlib
 import json
 import os
 import pathlib
+import platform
 import shlex
 import signal
 import subprocess
@@ -12,6 +15,7 @@ import zlib
 
 import jax
 import numpy as np
+import optax
 import pytest
 import scipy.stats
 
@@ -26,6 +30,7 @@ from benchmarks.report import document
 from benchmarks.report.claims import _share_until, claims
 from benchmarks.report.evidence import gather
 from benchmarks.report.statistics import Comparison, Verdict, corrected, judged, overall
+from benchmarks.results import device
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOOTHED = Arm("adamw", alpha=0.2)
@@ -257,18 +262,30 @@ def test_killed_it_goes_on_and_a_result_can_be_repeated(tmp_path):
     [study] = plan.studies("reversal", quick=True)
     assert not study.missing(Results(path))
 
-    line = lines[-1]
+    repeat(lines[-1])
+
+
+def repeat(line):
+    """By the command that is kept with a run."""
     options = shlex.split(line["command"])[3:]
-    repeated = subprocess.run(
-        command(*options), cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    again = json.loads(repeated.stdout)
+    done = subprocess.run(command(*options), cwd=ROOT, capture_output=True, text=True, check=True)
+    again = json.loads(done.stdout)
     assert Run.from_json(again) == Run.from_json(line)
+    assert again["data"] == line["data"]
     for name, curve in line["curves"].items():
         np.testing.assert_allclose(again["curves"][name], curve, rtol=1e-5)
 
 
 # What is said.
+
+
+@pytest.mark.parametrize(
+    "module", ["quality.arms", "quality.images", "quality.task", "report.statistics"]
+)
+def test_examples_in_docstrings(module):
+    done = doctest.testmod(importlib.import_module(f"benchmarks.{module}"))
+    assert done.attempted
+    assert not done.failed
 
 
 def test_comparisons_are_paired_and_corrected():
@@ -455,11 +472,25 @@ def test_the_published_direction_is_reproduced():
     assert difference.high < 0
 
 
-def test_kept_runs_are_unique_and_complete():
-    for path in (ROOT / "benchmarks" / "results" / "quality").glob("*.jsonl"):
+@pytest.mark.parametrize("task", plan.TASKS)
+def test_kept_runs_are_known_by_their_commands(task):
+    if (path := KEPT / f"{task}.jsonl").exists():
         results = Results(path)
-        assert len(results.lines) == len(path.read_text().splitlines())
-        for study in plan.studies(path.stem):
-            assert not study.missing(results), (path.stem, study.name, study.layers)
+        assert len(results.lines) == len(path.read_bytes().splitlines())
         for run, line in results.lines.items():
+            assert line["command"].startswith(f"python -m benchmarks.quality {task} --arm")
             assert line["command"].endswith(run.options())
+
+
+@pytest.mark.parametrize("task", plan.TASKS)
+def test_a_kept_result_can_be_repeated(task):
+    """The shortest smoothed run, where processor and versions are those that it was made with."""
+    path = KEPT / f"{task}.jsonl"
+    if not path.exists():
+        pytest.skip("no result is kept")
+    lines = [line for run, line in Results(path).lines.items() if run.arm.alpha]
+    line = min(lines, key=lambda line: line["seconds"])
+    versions = jax.__version__, optax.__version__, platform.python_version()
+    if (line["jax"], line["optax"], line["python"]) != versions or line["device"] != device():
+        pytest.skip(f"made with {line['device']}, JAX {line['jax']}, Python {line['python']}")
+    repeat(line)

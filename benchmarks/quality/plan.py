@@ -104,7 +104,7 @@ def _reversal() -> Iterable[Study]:
     yield Study("published", 48, 100, PUBLISHED, rates=(1.0,))
     arms = [arm for base in BASES for arm in _grid(base)]
     yield Study("grid", 24, 200, tuple(arms), untuned=tuple(_grid("adamw")), swept=True)
-    yield from _depths(200)
+    yield from _depths(200, 0.1, 0.5)
     yield _mechanism(24, 200)
 
 
@@ -131,9 +131,9 @@ def _policy() -> Iterable[Study]:
     yield Study("grid", 12, 100, arms, untuned=arms, swept=True)
 
 
-def _depths(steps: int) -> Iterable[Study]:
-    """All at the published share, for what is claimed must not change with depth."""
-    arms = tuple(Arm("adamw", alpha=alpha) for alpha in (0, 0.1, 0.2, 0.5))
+def _depths(steps: int, *alphas: float) -> Iterable[Study]:
+    """The claim is tested with the published share, for it must not change with depth."""
+    arms = SMOOTHED.plain, SMOOTHED, *(Arm("adamw", alpha=alpha) for alpha in alphas)
     for layers in DEPTHS:
         yield Study("depth", layers, steps, arms, SMOOTHED)
 

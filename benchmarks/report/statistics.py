@@ -44,7 +44,7 @@ class Comparison:
 
         Example:
           >>> print(Comparison.between([1.0, 2.0, 2.0], [2.0, 3.5, 3.0]))
-          -1.1667 [-1.8838, -0.4495]
+          -1.1667 [-1.8838, -0.4496]
         """
         ours, theirs = np.asarray(ours, float), np.asarray(theirs, float)
         if not np.isfinite([ours, theirs]).all():
