@@ -458,7 +458,7 @@ def test_what_is_written_is_what_was_measured():
     pictures = [path.stem for path in (ROOT / "docs" / "results").glob("*.png")]
     names = [name for name in document.PICTURES if name in pictures]
     assert (ROOT / "RESULTS.md").read_text() == document.document(evidence, begun, names)
-    advice = document.recommendation(claims(evidence))
+    advice = document.recommendation(evidence, claims(evidence))
     assert advice.split("\n\n", 1)[1] in (ROOT / "README.md").read_text()
 
 

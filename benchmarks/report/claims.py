@@ -38,12 +38,14 @@ class Trial:
       arm: the smoothing that was tested.
       pairs: with each opponent.
       relevant: the smallest gain that matters.
+      task: if it is about a task's loss at the end.
     """
 
     setting: str
     arm: Arm
     pairs: Mapping[str, Pair]
     relevant: float
+    task: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +201,8 @@ def _measured(
 
 
 def _loss(evidence: Evidence, setting: str, base: Base = "adamw") -> Trial:
-    return _measured(evidence, setting, LOSS, relevant_share(), base)
+    trial = _measured(evidence, setting, LOSS, relevant_share(), base)
+    return dataclasses.replace(trial, task=evidence.task)
 
 
 def _other(evidence: Evidence, setting: str, measure: Measure) -> Trial:

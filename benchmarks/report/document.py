@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def document(evidence: Sequence[Evidence], begun: Sequence[str], pictures: Seque
         _introduction(),
         _verdicts(found),
         f"Only begun, and left out: {'; '.join(begun)}." if begun else "",
-        recommendation(found),
+        recommendation(evidence, found),
         _replication(evidence),
         *map(_claim, found),
         "\n\n".join(["## Loss at every learning rate", *map(_sweep, sweeps)]) if sweeps else "",
@@ -62,9 +63,64 @@ def document(evidence: Sequence[Evidence], begun: Sequence[str], pictures: Seque
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def recommendation(found: Sequence[Claim]) -> str:
+def recommendation(evidence: Sequence[Evidence], found: Sequence[Claim]) -> str:
     """What to do, in three lines that README repeats."""
-    return "## Recommendation\n\n- to be written"
+    settings = {
+        (finding.trial.task, finding.trial.arm.base): finding
+        for claim in found
+        for finding in claim.findings
+        if finding.trial.task
+    }
+    supported = sum(each.verdict is Verdict.SUPPORTED for each in settings.values())
+    lines = [
+        "**Retune the learning rate first.** With every arm at its own best rate smoothing beat "
+        f"its base optimizer, shuffled layers and a smaller step in {supported} of {len(settings)} "
+        "settings of task and base optimizer.",
+        *_as_a_smaller_step(evidence),
+        _alphas([each for each in evidence if each.study.name == "grid"]),
+    ]
+    return "## Recommendation\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _as_a_smaller_step(evidence: Sequence[Evidence]) -> list[str]:
+    """What is gained at the published learning rate, by smoothing and by its control."""
+    arm = Arm("adamw", scope="proj", alpha=0.2)
+    for each in evidence:
+        if each.study.name == "published" and arm in each.study.arms:
+            base = each.values(arm.plain)
+            ours, control = (
+                str(Comparison.between(each.values(one), base))
+                for one in (arm, arm.controlled("shrunk"))
+            )
+            return [
+                f"**Where the rate is too high and has to stay, it helps as a smaller step does**: "
+                f"in {each.task} α = {arm.alpha:g} changes the loss by {ours}, the smaller step "
+                f"alone by {control}."
+            ]
+    return []
+
+
+def _alphas(grids: Sequence[Evidence]) -> str:
+    """How the arms of each share fare against their base, each at its best."""
+    better, worse = collections.Counter[float](), collections.Counter[float]()
+    count = collections.Counter[float]()
+    for each in grids:
+        for base in each.bases:
+            arms = [arm for arm in each.arms(base) if arm.alpha and not arm.control]
+            values = each.values(Arm(base))
+            compared = corrected([Comparison.between(each.values(arm), values) for arm in arms])
+            for arm, comparison in zip(arms, compared, strict=True):
+                count[arm.alpha] += 1
+                better[arm.alpha] += comparison.better
+                worse[arm.alpha] += comparison.worse
+    told = "; ".join(
+        f"{alpha:g}: {better[alpha]} and {worse[alpha]} of {count[alpha]}"
+        for alpha in sorted(count)
+    )
+    return (
+        "**Keep α small**: of all variants and scopes, surely better and surely worse than their "
+        f"base, each at its best, were at α = {told}."
+    )
 
 
 def _verdicts(found: Sequence[Claim]) -> str:
