@@ -1,0 +1,197 @@
+"""What docs/checkpoints.md promises: no bit of a run depends on where it was interrupted."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import serialization
+
+import depthsmooth as ds
+from tests import resumed
+
+[MSGPACK, CARRY_OVER, MIGRATION, SET_COUNT] = resumed.OTHERS
+KILLS = 20
+
+
+def plain(depth):
+    return optax.adamw(1e-2)
+
+
+def monitored(depth):
+    return optax.chain(
+        optax.scale_by_adam(),
+        ds.monitor_depth(depth, every=2, full=True),
+        ds.smooth_over_depth(0.2, depth=depth),
+        optax.scale(-1e-2),
+    )
+
+
+def traced(depth):
+    alpha = optax.linear_schedule(0.0, 0.5, resumed.STEPS)
+    inject = optax.inject_hyperparams(ds.adamw, static_args=("where", "mask"))
+    return inject(1e-2, alpha=alpha, depth=depth)
+
+
+def accumulated(depth):
+    return optax.MultiSteps(resumed.smoothed(depth), 2)
+
+
+def trained(state, train_step, batches):
+    for batch in batches:
+        state = train_step(state, batch)
+    return state
+
+
+def run(code, **names):
+    exec(code, names)
+    return names
+
+
+@pytest.mark.parametrize("optimizer", [resumed.smoothed, monitored, traced, accumulated])
+def test_a_restored_state_goes_on_bit_for_bit(optimizer, tmp_path):
+    state, train_step, batches = resumed.start(optimizer)
+    seventh = trained(state, train_step, batches[:7])
+    twelfth = trained(seventh, train_step, batches[7:12])
+
+    steps = []
+
+    def told(state, batch):
+        steps.append(int(state["step"]))
+        return train_step(state, batch)
+
+    resumed.train(tmp_path, state, train_step, batches[:7])
+    chex.assert_trees_all_equal(resumed.train(tmp_path, state, told, batches[:12]), twelfth)
+    assert steps == [6, 7, 8, 9, 10, 11]
+
+    restored = run(MSGPACK, state=seventh, fresh=state)["state"]
+    chex.assert_trees_all_equal(trained(restored, train_step, batches[7:12]), twelfth)
+
+
+def test_the_counter_is_in_the_checkpoint():
+    """Without it the schedule of α would begin again, and the run would differ."""
+    state, train_step, batches = resumed.start()
+    seventh = trained(state, train_step, batches[:7])
+    adam, smoothing, *rest = seventh["opt_state"]
+    assert smoothing == ds.SmoothOverDepthState(count=7)
+    begun_again = seventh | {"opt_state": (adam, state["opt_state"][1], *rest)}
+    kernels = [
+        trained(begin, train_step, batches[7:12])["params"]["layers"]
+        for begin in (seventh, begun_again)
+    ]
+    assert not np.array_equal(*kernels)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_a_run_that_is_killed_and_resumed_is_the_uninterrupted_one(tmp_path):
+    compile_once = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def started(directory):
+        directory.mkdir(exist_ok=True)
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.resumed", str(directory)],
+            cwd=resumed.DOCS.parents[1],
+            env=os.environ | compile_once | {"XLA_FLAGS": ""},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ended(directory):
+        with started(directory) as process:
+            first = int(process.stdout.readline())
+            process.communicate()
+        assert process.returncode == 0
+        return first, dict(np.load(directory / "final.npz"))
+
+    moments = random.Random(0)
+    begun = []
+    for _ in range(KILLS):
+        with started(tmp_path / "killed") as process:
+            begun.append(int(process.stdout.readline()))
+            for _ in range(moments.randrange(12)):
+                process.stdout.readline()
+            time.sleep(moments.uniform(0, 0.05))
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+    last, killed = ended(tmp_path / "killed")
+    assert [*begun, last] == sorted([*begun, last])
+    assert last > KILLS
+    first, whole = ended(tmp_path / "whole")
+    assert first == 0
+    chex.assert_trees_all_equal(killed, whole)
+
+
+@pytest.mark.parametrize("optimizers", [(plain, resumed.smoothed), (resumed.smoothed, plain)])
+def test_a_checkpoint_of_another_chain_is_refused(optimizers, tmp_path):
+    (saved, *_), (fresh, *_) = map(resumed.start, optimizers)
+    with pytest.raises(ValueError, match="do not match"):
+        serialization.from_bytes(fresh, serialization.to_bytes(saved))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "saved", saved)
+        checkpointer.wait_until_finished()
+        with pytest.raises(ValueError, match="do not match"):
+            checkpointer.restore(tmp_path / "saved", fresh)
+
+
+DEPTH = ds.Depth.from_rules({"layers": 0})
+PARAMS = {"layers": jnp.ones((5, 3)), "head": jnp.ones(3)}
+WITHIN = {
+    "nothing": lambda tx: tx,
+    "MultiSteps": lambda tx: optax.MultiSteps(optax.chain(optax.clip(1.0), tx), 2),
+    "masked": lambda tx: optax.masked(tx, {"layers": True, "head": False}),
+    "partition": lambda tx: optax.partition(
+        {"deep": tx, "rest": optax.adam(1e-3)}, {"layers": "deep", "head": "rest"}
+    ),
+}
+
+
+def carry_over(opt_state, tx):
+    return run(CARRY_OVER + MIGRATION, opt_state=opt_state, tx=tx, params=PARAMS)["opt_state"]
+
+
+@pytest.mark.parametrize("within", WITHIN)
+def test_smoothing_is_added_to_a_run_and_removed(within):
+    before = WITHIN[within](optax.adamw(1e-2, weight_decay=0.0))
+    after = WITHIN[within](ds.adamw(1e-2, weight_decay=0.0, alpha=0.3, depth=DEPTH))
+    *gradients, last = [
+        {name: jax.random.normal(key, leaf.shape) for name, leaf in PARAMS.items()}
+        for key in jax.random.split(jax.random.key(0), 4)
+    ]
+    old = before.init(PARAMS)
+    for gradient in gradients:
+        _, old = before.update(gradient, old, PARAMS)
+    new = carry_over(old, after)
+    chex.assert_trees_all_equal_structs(new, after.init(PARAMS))
+    updates, old = before.update(last, old, PARAMS)
+    smooth = ds.smooth_over_depth(0.3, depth=DEPTH)
+    expected, _ = smooth.update(updates, smooth.init(PARAMS))
+    updates, new = after.update(last, new, PARAMS)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-5)
+    chex.assert_trees_all_equal(carry_over(new, before), old)
+
+
+def test_what_differs_otherwise_is_not_carried_over():
+    for one, other in ((optax.adamw, optax.lion), (optax.lion, optax.adamw)):
+        with pytest.raises(ValueError, match="zip"):
+            carry_over(one(1e-2).init(PARAMS), other(1e-2))
+
+
+def test_a_schedule_counts_the_steps_before_smoothing_was_added():
+    begin = carry_over(optax.adamw(1e-2).init(PARAMS), ds.adamw(1e-2, depth=DEPTH))
+    set_to = run(SET_COUNT, opt_state=begin, step=7, optax=optax, jnp=jnp)
+    adam, smoothing, *_ = set_to["opt_state"]
+    assert smoothing == ds.SmoothOverDepthState(count=7)
+    assert smoothing.count.dtype == begin[1].count.dtype
+    assert adam.count == 7
