@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import serialization
+from flax import nnx, serialization
 
 import depthsmooth as ds
 from tests import resumed
@@ -180,6 +180,23 @@ def test_smoothing_is_added_to_a_run_and_removed(within):
     updates, new = after.update(last, new, PARAMS)
     chex.assert_trees_all_close(updates, expected, rtol=1e-5)
     chex.assert_trees_all_equal(carry_over(new, before), old)
+
+
+def test_smoothing_is_added_to_an_nnx_optimizer():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.Param(PARAMS["layers"])
+
+    model = Model()
+    gradient = jax.tree.map(jnp.ones_like, nnx.state(model))
+    before = nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.Param)
+    before.update(model, gradient)
+    after = nnx.Optimizer(model, ds.adamw(1e-2, depth=DEPTH), wrt=nnx.Param)
+    after.opt_state = run(CARRY_OVER)["carry_over"](before.opt_state, after.opt_state)
+    for optimizer in (before, after):
+        optimizer.update(model, gradient)
+    chex.assert_trees_all_equal(after.opt_state[0], before.opt_state[0])
+    assert after.opt_state[1].count == 1
 
 
 def test_what_differs_otherwise_is_not_carried_over():
