@@ -445,8 +445,24 @@ def test_mechanisms_are_compared_at_one_rate(measured, sign, title, tmp_path):
     changed = {measured: lambda run: 1 + noise(run) + 0.1 * sign * helped(run)}
     claim = found(lambda run: 3 + noise(run), tmp_path, "mechanism", **changed)[title]
     supported = [each for each in claim.findings if each.verdict == Verdict.SUPPORTED]
-    assert len(supported) == 1
-    assert supported[0] == claim.findings[measured == "residual_alignment"]
+    assert supported == [claim.findings[measured == "residual_alignment"]]
+
+
+@pytest.mark.usefixtures("quickly")
+def test_what_another_learning_rate_changes_is_no_mechanism(tmp_path):
+    """Smoothing is best at another rate than all others, and straighter there only."""
+
+    def loss(run):
+        best = 0.5 if helped(run) else 1
+        return 3 + 0.05 * np.log2(run.rate / best) ** 2 + noise(run)
+
+    changed = {"line_shape_score": lambda run: 1 + noise(run) + 0.1 * run.rate}
+    claim = found(loss, tmp_path, "mechanism", **changed)[
+        "Straighter, more aligned representations"
+    ]
+    finding = claim.findings[0]
+    assert finding.comparisons["retuned"].better
+    assert finding.verdict != Verdict.SUPPORTED
 
 
 KEPT = ROOT / "benchmarks" / "results" / "quality"

@@ -15,7 +15,7 @@ from benchmarks.report.statistics import Comparison, Verdict, corrected, judged,
 OPPONENTS = ("untuned", "retuned", "deepest", "shuffled", "shrunk", "mean")
 """The first is the base optimizer at the task's own learning rate, with smoothing at the same."""
 REQUIRED = ("retuned", "deepest", "shuffled", "shrunk")
-"""Those of them that have to be beaten, as far as there are such."""
+AT_ONE_RATE = "All but the base at its best are compared at one learning rate, and all count"
 SHARE = 0.05
 """The smallest gain that matters, of what the base optimizer has, for all but losses."""
 
@@ -39,6 +39,7 @@ class Trial:
       pairs: with each opponent.
       relevant: the smallest gain that matters.
       task: if it is about a task's loss at the end.
+      required: the opponents that have to be beaten, as far as there are such.
     """
 
     setting: str
@@ -46,6 +47,7 @@ class Trial:
     pairs: Mapping[str, Pair]
     relevant: float
     task: str = ""
+    required: tuple[str, ...] = REQUIRED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,22 +137,25 @@ def claims(evidence: Sequence[Evidence]) -> list[Claim]:
         _claim(
             "Less noise in gradients",
             "variance of the gradients of micro-batches, as it is and over the square of their "
-            "mean; means over training",
-            [_other(each, f"{each.task}, variance", mean("gradient_variance")) for each in observed]
+            f"mean; means over training. {AT_ONE_RATE}",
+            [
+                _mechanism(each, f"{each.task}, variance", mean("gradient_variance"))
+                for each in observed
+            ]
             + [
-                _other(each, f"{each.task}, ratio", mean("gradient_noise_scale"))
+                _mechanism(each, f"{each.task}, ratio", mean("gradient_noise_scale"))
                 for each in observed
             ],
         ),
         _claim(
             "Straighter, more aligned representations",
             "line shape score of hidden states; 1 − cosine of what neighbours add to them; means "
-            "over training",
+            f"over training. {AT_ONE_RATE}",
             [
-                _other(each, f"{each.task}, line shape", mean("line_shape_score"))
+                _mechanism(each, f"{each.task}, line shape", mean("line_shape_score"))
                 for each in observed
             ]
-            + [_other(each, f"{each.task}, misalignment", _misaligned) for each in observed],
+            + [_mechanism(each, f"{each.task}, misalignment", _misaligned) for each in observed],
         ),
     ]
 
@@ -170,7 +175,12 @@ def _claim(title: str, measured: str, trials: Sequence[Trial]) -> Claim:
         {name: Comparison.between(*pair, trial.relevant) for name, pair in trial.pairs.items()}
         for trial in trials
     ]
-    verdicts = judged([[each[name] for name in REQUIRED if name in each] for each in compared])
+    verdicts = judged(
+        [
+            [each[name] for name in trial.required if name in each]
+            for trial, each in zip(trials, compared, strict=True)
+        ]
+    )
     fair = iter(corrected([each for comparisons in compared for each in comparisons.values()]))
     return Claim(
         title,
@@ -207,6 +217,19 @@ def _loss(evidence: Evidence, setting: str, base: Base = "adamw") -> Trial:
 
 def _other(evidence: Evidence, setting: str, measure: Measure) -> Trial:
     return _measured(evidence, setting, measure, SHARE)
+
+
+def _mechanism(evidence: Evidence, setting: str, measure: Measure) -> Trial:
+    """At one rate for all, and against the base at its best too: the rate itself changes much."""
+
+    def values(arm: Arm) -> np.ndarray:
+        return evidence.values(arm, measure, rate=1.0)
+
+    arm = evidence.claimed("adamw")
+    tuned = evidence.values(arm, measure), evidence.values(arm.plain, measure)
+    pairs = {**_against(arm, values), "untuned": (values(arm), values(arm.plain)), "retuned": tuned}
+    relevant = SHARE * abs(values(arm.plain).mean())
+    return Trial(setting, arm, pairs, relevant, required=("untuned", *REQUIRED))
 
 
 def _convergence(evidence: Evidence) -> Trial:

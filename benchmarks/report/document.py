@@ -29,7 +29,7 @@ PICTURES = {
     "alpha": "What α does: at one learning rate, and with each arm at its best",
     "rates": "Loss against the learning rate, over the best of each arm",
     "depth": "What smoothing gains or loses, against the number of layers",
-    "mechanism": "Updates, gradients and hidden states over training, each arm at its best rate",
+    "mechanism": "Updates, gradients and hidden states over training, all at one learning rate",
 }
 MEASURED = {
     "accuracy": "accuracy",

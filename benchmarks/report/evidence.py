@@ -74,9 +74,9 @@ class Evidence:
         runs = self.study.tests(arm, self.rate(arm) if rate is None else rate)
         return np.array([measure(self.curves(run)) for run in runs])
 
-    def curve(self, arm: Arm, name: str) -> np.ndarray:
-        """Over training at the best rate, of shape ``(seeds, evaluations)``."""
-        runs = self.study.tests(arm, self.rate(arm))
+    def curve(self, arm: Arm, name: str, rate: float | None = None) -> np.ndarray:
+        """Over training at the best rate if none is given, of shape ``(seeds, evaluations)``."""
+        runs = self.study.tests(arm, self.rate(arm) if rate is None else rate)
         return np.array([self.curves(run)[name] for run in runs])
 
     def swept(self, arm: Arm) -> np.ndarray:

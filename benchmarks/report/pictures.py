@@ -126,8 +126,8 @@ def _mechanism(evidence: Sequence[Evidence]) -> Figure:
     for row, each in enumerate(evidence):
         for column, (name, title) in enumerate(MECHANISM.items()):
             ax = figure.add_subplot(2 * len(evidence), 3, 6 * row + column + 1)
-            for arm in each.study.arms:
-                values = each.curve(arm, name)
+            for arm in each.study.compared("adamw", each.results):
+                values = each.curve(arm, name, rate=1.0)
                 steps = np.linspace(0, each.study.steps, values.shape[1] + 1)[1:]
                 _draw(ax, arm.control if arm.alpha else "base", steps, values)
             ax.set_title(f"{each.task}: {title}", fontsize=10)
