@@ -21,6 +21,7 @@ import scipy.stats
 
 import depthsmooth as ds
 from benchmarks.quality import plan, training
+from benchmarks.quality.__main__ import _ordered
 from benchmarks.quality.arms import Arm
 from benchmarks.quality.reversal import Reversal
 from benchmarks.quality.runs import Results, Run
@@ -196,6 +197,16 @@ def test_training_that_diverges_is_not_chosen(study, tmp_path, quickly):
     assert study.rate(SMOOTHED, results) == 0.0625
     assert "NaN" not in results.path.read_text()
     assert Results(results.path).loss(study.tests(SMOOTHED, 1.0)[0]) == np.inf
+
+
+def test_each_program_is_compiled_once_before_it_is_run_again():
+    arms = Arm("adamw"), SMOOTHED, Arm("adamw", alpha=0.5), SMOOTHED.controlled("mean")
+    runs = [Run(4, 10, arm, 1.0, seed) for seed in range(3) for arm in arms]
+    ordered = _ordered(runs)
+    assert sorted(ordered) == sorted(runs)
+    assert len({run.arm.kind for run in ordered[:3]}) == 3
+    kinds = [str(run.arm.kind) for run in ordered[3:]]
+    assert kinds == sorted(kinds)
 
 
 # What is kept.

@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import tqdm
 
@@ -63,8 +63,7 @@ def _fill(source: plan.Source, kept: Results, quick: bool, processes: int) -> in
     with bar, workers.pool(processes) as pool:
         try:
             while missing := {run for study in studies for run in study.missing(kept)}:
-                runs = sorted(missing, key=_program)
-                futures = {pool.submit(workers.line, source, run): run for run in runs}
+                futures = {pool.submit(workers.line, source, run): run for run in _ordered(missing)}
                 for future in concurrent.futures.as_completed(futures):
                     run = futures[future]
                     kept.add(run, future.result())
@@ -80,9 +79,15 @@ def _fill(source: plan.Source, kept: Results, quick: bool, processes: int) -> in
     return 0
 
 
-def _program(run: Run) -> tuple[object, ...]:
-    """Runs of the same program follow one another: it is compiled when the first of them begins."""
-    return run.layers, run.steps, run.observed, run.arm.kind, run.rate, run
+def _ordered(runs: Iterable[Run]) -> list[Run]:
+    """One run of each program first, which compiles it for all, then program by program."""
+
+    def program(run: Run) -> tuple[object, ...]:
+        return run.layers, run.steps, run.observed, run.arm.kind
+
+    ordered = sorted(runs, key=lambda run: (*program(run), run))
+    firsts = {program(run): run for run in reversed(ordered)}
+    return list(dict.fromkeys([*reversed(firsts.values()), *ordered]))
 
 
 def _directory(given: argparse.Namespace) -> pathlib.Path:
