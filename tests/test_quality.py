@@ -25,7 +25,8 @@ from benchmarks.quality.__main__ import _ordered
 from benchmarks.quality.arms import Arm
 from benchmarks.quality.reversal import Reversal
 from benchmarks.quality.runs import Results, Run
-from benchmarks.quality.studies import Study
+from benchmarks.quality.studies import SCREENING, Study
+from benchmarks.quality.task import TUNING
 from benchmarks.quality.text import Text
 from benchmarks.report import document
 from benchmarks.report.claims import _share_until, claims
@@ -179,6 +180,7 @@ def test_rates_are_tuned_on_seeds_that_are_not_tested(study, tmp_path, quickly):
 
     fill(study, results, loss)
     assert not set(study.tuning) & set(study.test)
+    assert min(study.tuning) == TUNING > max(study.test)
     assert study.rate(Arm("adamw"), results) == 2
     assert study.rate(SMOOTHED, results) == 8
     assert study.claimed("adamw", results) == SMOOTHED
@@ -189,6 +191,22 @@ def test_rates_are_tuned_on_seeds_that_are_not_tested(study, tmp_path, quickly):
         tested = study.tests(arm, study.rate(arm, results))
         assert [run.seed for run in tested] == list(range(10))
         assert set(tested) <= set(results.lines)
+
+
+def test_the_best_rates_are_confirmed_on_more_seeds(study, tmp_path, quickly):
+    """Three seeds are wrong by two steps; all are asked until the best has neighbours."""
+    results = Results(tmp_path / "runs.jsonl")
+
+    def loss(run):
+        best = 0.5 if run.seed in study.tuning[:SCREENING] else 2
+        return 3 + np.log2(run.rate / best) ** 2
+
+    fill(study, results, loss)
+    assert study.rate(SMOOTHED, results) == 1
+    confirmed = study.tried(SMOOTHED, results, study.tuning)
+    best = list(confirmed).index(study.rate(SMOOTHED, results))
+    assert 0 < best < len(confirmed) - 1
+    assert study.loss(SMOOTHED, results) == min(confirmed.values())
 
 
 def test_training_that_diverges_is_not_chosen(study, tmp_path, quickly):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +14,9 @@ from benchmarks.quality.task import TUNING
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
 CANDIDATES = tuple(round(2 ** (power / 2), 4) for power in range(-8, 9))
 """From 1/16 to 16 in steps of √2. Those beside the best are tried too, also beyond an edge."""
-TUNED = tuple(range(TUNING, TUNING + 3))
+SCREENING = 3
+"""How many of the tuning seeds try all rates; the others, the best of them and those beside it."""
+TUNED = tuple(range(TUNING, TUNING + 6))
 TESTED = tuple(range(10))
 
 
@@ -53,19 +56,24 @@ class Study:
         """The runs that are reported."""
         return [Run(self.layers, self.steps, arm, rate, seed, self.observed) for seed in self.test]
 
-    def tried(self, arm: Arm, results: Results) -> dict[float, float]:
-        """The loss of each rate that has been tried, mean over the tuning seeds."""
+    def tried(self, arm: Arm, results: Results, seeds: Sequence[int]) -> dict[float, float]:
+        """The loss of each rate that has been tried on all of some seeds, mean over them."""
         losses = {}
         for rate in CANDIDATES:
-            runs = self._tuning(arm, rate)
+            runs = self._runs(arm, rate, seeds)
             if results.lines.keys() >= set(runs):
                 losses[rate] = float(np.mean([results.loss(run) for run in runs]))
         return losses
 
+    def loss(self, arm: Arm, results: Results) -> float:
+        """At the arm's best rate, mean over the tuning seeds."""
+        return min(self.tried(arm, results, self.tuning).values())
+
     def rate(self, arm: Arm, results: Results) -> float:
         """The arm's best rate."""
-        losses = self.tried(arm, results)
-        return min(losses, key=losses.__getitem__) if len(self.rates) > 1 else self.rates[0]
+        if len(self.rates) == 1:
+            return self.rates[0]
+        return _best(self.tried(arm, results, self.tuning))
 
     def around(self, arm: Arm, results: Results) -> list[float]:
         """The arm's best rate times each of ``RATES``."""
@@ -79,9 +87,11 @@ class Study:
             arms = [self.claim]
         elif len(self.rates) == 1:
             return None
-        if any(self._untried(arm, results) for arm in arms):
+        if any(self._untuned(arm, results) for arm in arms):
             return None
-        return min(arms, key=lambda arm: min(self.tried(arm, results).values()), default=None)
+        if len(arms) == 1:
+            return arms[0]
+        return min(arms, key=lambda arm: self.loss(arm, results), default=None)
 
     def compared(self, base: Base, results: Results) -> tuple[Arm, ...]:
         """The claimed arm, the base optimizer alone, and all controls."""
@@ -99,9 +109,8 @@ class Study:
         compared = self.compared("adamw", results)
         wanted = []
         for arm in self.complete(results):
-            untried = self._untried(arm, results)
-            wanted += [run for rate in untried for run in self._tuning(arm, rate)]
-            if untried:
+            if untuned := self._untuned(arm, results):
+                wanted += untuned
                 continue
             rates = [self.rate(arm, results)]
             rates += self.around(arm, results) if self.swept and arm in compared else []
@@ -111,26 +120,50 @@ class Study:
 
     def expected(self) -> int:
         """About how many runs it takes."""
-        tuned = (len(self.rates) + 2) * len(self.tuning) if len(self.rates) > 1 else 0
+        tuned = (len(self.rates) + 2) * SCREENING + 3 * len(self.tuning[SCREENING:])
+        tuned *= len(self.rates) > 1
         others = len(self.untuned) + len(RATES) * 5 * self.swept
         return len(self.arms) * (tuned + len(self.test)) + others * len(self.test)
 
-    def _tuning(self, arm: Arm, rate: float) -> list[Run]:
-        return [Run(self.layers, self.steps, arm, rate, seed) for seed in self.tuning]
+    def _runs(self, arm: Arm, rate: float, seeds: Sequence[int]) -> list[Run]:
+        return [Run(self.layers, self.steps, arm, rate, seed) for seed in seeds]
 
-    def _untried(self, arm: Arm, results: Results) -> list[float]:
-        """Rates that have to be tried before the best is known."""
+    def _untuned(self, arm: Arm, results: Results) -> list[Run]:
+        """What has to be run before the best rate is known."""
         if len(self.rates) == 1:
             return []
-        losses = self.tried(arm, results)
-        untried = [rate for rate in self.rates if rate not in losses]
-        if untried:
-            return untried
-        best = min(losses, key=losses.__getitem__)
-        place = CANDIDATES.index(best)
-        outside = {min(losses): place - 2, max(losses): place + 2}.get(best)
-        for places in ([] if outside is None else [outside], [place - 1, place + 1]):
-            rates = [CANDIDATES[k] for k in places if 0 <= k < len(CANDIDATES)]
-            if untried := [rate for rate in rates if rate not in losses]:
-                return untried
+        screening = self.tuning[:SCREENING]
+        screened = self.tried(arm, results, screening)
+        confirmed = self.tried(arm, results, self.tuning)
+        stages = (
+            (screening, set(self.rates), screened),
+            (screening, _beyond(screened), screened),
+            (screening, _beside(screened), screened),
+            (self.tuning, _beside(screened), confirmed),
+            (self.tuning, _beside(confirmed), confirmed),
+        )
+        for seeds, rates, tried in stages:
+            if untried := sorted(rates - set(tried)):
+                return [run for rate in untried for run in self._runs(arm, rate, seeds)]
         return []
+
+
+def _best(losses: Mapping[float, float]) -> float:
+    return min(losses, key=losses.__getitem__)
+
+
+def _beyond(losses: Mapping[float, float]) -> set[float]:
+    """Where the best rate is at the edge, half or double of it."""
+    if not losses or _best(losses) not in (min(losses), max(losses)):
+        return set()
+    return _near(_best(losses), -2 if _best(losses) == min(losses) else 2)
+
+
+def _beside(losses: Mapping[float, float]) -> set[float]:
+    """The best rate and those next to it."""
+    return _near(_best(losses), -1, 0, 1) if losses else set()
+
+
+def _near(rate: float, *steps: int) -> set[float]:
+    places = [CANDIDATES.index(rate) + step for step in steps]
+    return {CANDIDATES[place] for place in places if 0 <= place < len(CANDIDATES)}
