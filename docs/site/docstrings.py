@@ -1,0 +1,49 @@
+"""An extension of griffe: docstrings with roles and formulas of reStructuredText, as Markdown."""
+
+import re
+import textwrap
+from typing import Any
+
+import griffe
+
+MATH = re.compile(r"^\.\. math::\n((?:    .*\n?|\n)+)", re.MULTILINE)
+INLINE = re.compile(r":math:`([^`]+)`")
+ROLE = re.compile(r":(?:func|meth|class):`(~?)([\w.]+)`")
+LINK = re.compile(r"`([^`<]+?)\s+<([^>]+)>`_")
+EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
+
+
+class Docstrings(griffe.Extension):
+    """Rewrites each docstring before it is parsed."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        """Called for every module, class, function and attribute."""
+        if obj.docstring is not None:
+            obj.docstring.value = markdown(obj.docstring.value, obj)
+
+
+def markdown(text: str, obj: griffe.Object) -> str:
+    """The docstring of an object, for MathJax and for mkdocstrings."""
+    text = MATH.sub(lambda match: _display(match.group(1)), text)
+    text = INLINE.sub(lambda match: rf"\({' '.join(match.group(1).split())}\)", text)
+    text = ROLE.sub(lambda match: _reference(*match.groups(), obj), text)
+    text = LINK.sub(lambda match: f"[{match.group(1)}]({match.group(2)})", text)
+    return EXAMPLE.sub("Examples:", text)
+
+
+def _display(formula: str) -> str:
+    formula = textwrap.dedent(formula).strip()
+    if "&" in formula:
+        formula = rf"\begin{{aligned}}{formula}\end{{aligned}}"
+    return f"$$\n{formula}\n$$\n\n"
+
+
+def _reference(short: str, name: str, obj: griffe.Object) -> str:
+    """A link to what is public: by its path, or by its name in the package or the same class."""
+    package = obj.package
+    name = name.removeprefix("depthsmooth.")
+    owner = obj if obj.is_class else obj.parent
+    if name not in package.all_members and owner is not None and owner.is_class:
+        name = f"{owner.name}.{name}"
+    shown = name.rsplit(".", 1)[-1]
+    return f"[`{shown}`][depthsmooth.{name}]"
