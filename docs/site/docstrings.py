@@ -10,6 +10,7 @@ MATH = re.compile(r"^\.\. math::\n((?:    .*\n?|\n)+)", re.MULTILINE)
 INLINE = re.compile(r":math:`([^`]+)`")
 ROLE = re.compile(r":(?:func|meth|class):`(~?)([\w.]+)`")
 LINK = re.compile(r"`([^`<]+?)\s+<([^>]+)>`_")
+LITERAL = re.compile(r"::$", re.MULTILINE)
 EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 
 
@@ -28,10 +29,12 @@ def markdown(text: str, obj: griffe.Object) -> str:
     text = INLINE.sub(lambda match: rf"\({' '.join(match.group(1).split())}\)", text)
     text = ROLE.sub(lambda match: _reference(*match.groups(), obj), text)
     text = LINK.sub(lambda match: f"[{match.group(1)}]({match.group(2)})", text)
+    text = LITERAL.sub(":", text)
     return EXAMPLE.sub("Examples:", text)
 
 
 def _display(formula: str) -> str:
+    """A formula of its own, whose lines are aligned if it says where."""
     formula = textwrap.dedent(formula).strip()
     if "&" in formula:
         formula = rf"\begin{{aligned}}{formula}\end{{aligned}}"
