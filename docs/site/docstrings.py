@@ -2,13 +2,12 @@
 
 import re
 import textwrap
-from typing import Any
 
 import griffe
 
 MATH = re.compile(r"^\.\. math::\n((?:    .*\n?|\n)+)", re.MULTILINE)
 INLINE = re.compile(r":math:`([^`]+)`")
-ROLE = re.compile(r":(?:func|meth|class):`(~?)([\w.]+)`")
+ROLE = re.compile(r":(?:func|meth|class):`~?([\w.]+)`")
 LINK = re.compile(r"`([^`<]+?)\s+<([^>]+)>`_")
 LITERAL = re.compile(r"::$", re.MULTILINE)
 EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
@@ -17,7 +16,7 @@ EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 class Docstrings(griffe.Extension):
     """Rewrites each docstring before it is parsed."""
 
-    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+    def on_object(self, *, obj: griffe.Object, **kwargs: object) -> None:
         """Called for every module, class, function and attribute."""
         if obj.docstring is not None:
             obj.docstring.value = markdown(obj.docstring.value, obj)
@@ -27,7 +26,7 @@ def markdown(text: str, obj: griffe.Object) -> str:
     """The docstring of an object, for MathJax and for mkdocstrings."""
     text = MATH.sub(lambda match: _display(match.group(1)), text)
     text = INLINE.sub(lambda match: rf"\({' '.join(match.group(1).split())}\)", text)
-    text = ROLE.sub(lambda match: _reference(*match.groups(), obj), text)
+    text = ROLE.sub(lambda match: _reference(match.group(1), obj), text)
     text = LINK.sub(lambda match: f"[{match.group(1)}]({match.group(2)})", text)
     text = LITERAL.sub(":", text)
     return EXAMPLE.sub("Examples:", text)
@@ -41,12 +40,10 @@ def _display(formula: str) -> str:
     return f"$$\n{formula}\n$$\n\n"
 
 
-def _reference(short: str, name: str, obj: griffe.Object) -> str:
-    """A link to what is public: by its path, or by its name in the package or the same class."""
-    package = obj.package
+def _reference(name: str, obj: griffe.Object) -> str:
+    """A link to a name of the package, or of the class that an object is or belongs to."""
     name = name.removeprefix("depthsmooth.")
     owner = obj if obj.is_class else obj.parent
-    if name not in package.all_members and owner is not None and owner.is_class:
+    if name not in obj.package.all_members and owner is not None and owner.is_class:
         name = f"{owner.name}.{name}"
-    shown = name.rsplit(".", 1)[-1]
-    return f"[`{shown}`][depthsmooth.{name}]"
+    return f"[`{name.split('.')[-1]}`][depthsmooth.{name}]"

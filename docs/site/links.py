@@ -1,8 +1,8 @@
 """A hook of mkdocs: takes what pages link to outside of docs/ into the site.
 
-Links are written so that they are right where the files are in the repository. Here README.md is the
-first page, what lies outside of docs/ has its own path, code is a page that shows it, and a link to a
-folder is only its text.
+Links are written so that they are right where the files are in the repository. In the site
+README.md is the first page, what lies outside of docs/ keeps its path, code is on a page that shows
+it, and a link to a folder is only its text.
 """
 
 import pathlib
@@ -21,7 +21,7 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds README.md, and all that links lead to from there and from docs/."""
     found = ["README.md", *(f"docs/{file.src_uri}" for file in files.documentation_pages())]
-    for path in found:  # which grows
+    for path in found:
         if path.endswith(".md"):
             found += [target for target in _targets(path) if target not in found]
         if files.get_file_from_path(_uri(path)) is None:
@@ -36,7 +36,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def link(match: re.Match[str]) -> str:
         image, text, target, anchor = match.groups(default="")
-        target = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
+        target = _from(path, target)
         if (ROOT / target).is_dir():
             return text
         return f"{image}[{text}]({posixpath.relpath(_uri(target), folder)}{anchor})"
@@ -47,9 +47,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def _targets(path: str) -> Iterator[str]:
     """The files that a page of the repository links to."""
     for _, _, target, _ in LINK.findall((ROOT / path).read_text()):
-        target = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
-        if (ROOT / target).is_file():
-            yield target
+        if (ROOT / _from(path, target)).is_file():
+            yield _from(path, target)
+
+
+def _from(path: str, target: str) -> str:
+    """Where in the repository a link of a page leads."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
 
 
 def _uri(path: str) -> str:
@@ -69,11 +73,10 @@ def _path(uri: str) -> str:
 
 
 def _file(path: str, config: MkDocsConfig) -> File:
-    uri, inclusion = _uri(path), InclusionLevel.NOT_IN_NAV
+    """What the site has of a file of the repository: the file itself, or a page that shows it."""
+    uri, source = _uri(path), ROOT / path
     if uri != f"{path}.md":
-        return File.generated(
-            config, uri, abs_src_path=str(ROOT / path), inclusion=InclusionLevel.INCLUDED
-        )
-    code = f"# {path}\n\n``````{'python' if path.endswith('.py') else ''}\n"
-    code += (ROOT / path).read_text() + "``````\n"
-    return File.generated(config, uri, content=code, inclusion=inclusion)
+        return File.generated(config, uri, abs_src_path=str(source))
+    language = "python" if source.suffix == ".py" else "text"
+    page = f"# {path}\n\n``````{language}\n{source.read_text()}``````\n"
+    return File.generated(config, uri, content=page, inclusion=InclusionLevel.NOT_IN_NAV)
