@@ -5,10 +5,13 @@ import collections
 import importlib.util
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 import depthsmooth as ds
@@ -77,13 +80,48 @@ def test_each_rule_of_the_table_fits_its_layout():
         assert len(depth) == len(depth.leaves), rule
 
 
-def test_the_advice_of_the_questions_is_that_of_the_results():
+def test_the_questions_quote_the_results():
     section = re.search(r"## Does it help\?.*?(?=## Why)", (DOCS / "faq.md").read_text(), re.DOTALL)
-    advice = re.findall(r"\*\*(.*?)\*\*", section.group())
-    assert len(advice) == 2
-    results = (ROOT / "RESULTS.md").read_text()
-    for words in advice:
-        assert f"- **{words}**" in results
+    summary = re.findall(r"^> (.*)$", section.group(), re.MULTILINE)
+    advice = [f"- **{words}**" for words in re.findall(r"\*\*(.*?)\*\*", section.group())]
+    assert (len(summary), len(advice)) == (1, 2)
+    for words in summary + advice:
+        assert words in (ROOT / "RESULTS.md").read_text()
+
+
+def test_accumulation_inside_of_a_chain_makes_the_same_steps():
+    """As the questions say: for a constant α, and no others."""
+    gradients = {"layers": jnp.array([0.0, 4.0, 1.0, 2.0])}
+
+    def steps(alpha, inside):
+        smooth = ds.smooth_over_depth(alpha, depth=ds.Depth.from_rules({"layers": 0}))
+        adam = optax.scale_by_adam()
+        accumulated = optax.MultiSteps(adam if inside else optax.chain(adam, smooth), 3)
+        tx = accumulated.gradient_transformation()
+        tx = optax.chain(tx, smooth) if inside else tx
+        state = tx.init(gradients)
+        for _ in range(6):
+            updates, state = tx.update(gradients, state)
+        return updates["layers"]
+
+    growing = optax.linear_schedule(0.0, 0.5, 10)
+    for alpha, same in ((0.3, True), (growing, False)):
+        assert bool(jnp.allclose(steps(alpha, True), steps(alpha, False))) == same
+
+
+def test_the_picture_of_operators_shows_what_it_names(monkeypatch):
+    script = runpy.run_path(str(DOCS / "operators.py"))
+    for name, operator in script["OPERATORS"].items():
+        matrix = ds.operator_matrix(eval(name, vars(ds).copy()), 8)
+        np.testing.assert_array_equal(ds.operator_matrix(operator, 8), matrix)
+    drawn = []
+    monkeypatch.setattr(script["plt"].Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    script["main"]()
+    [figure] = drawn
+    gains = {line.get_label(): line.get_ydata() for line in figure.axes[3].lines}
+    assert [gains["window(0.5)"][0], gains["sharpen(0.5)"][0]] == pytest.approx([1, 0.25])
+    assert gains["exponential(0.5, radius=3)"][-1] == pytest.approx(0.3, abs=0.02)
+    script["plt"].close(figure)
 
 
 def test_every_public_name_has_its_place_in_the_api():
