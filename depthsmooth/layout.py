@@ -112,6 +112,12 @@ class Depth(Mapping[str, Place]):
           ValueError: if a leaf does not fit its place, a rule matches nothing, or a
             leaf with a place is missing and not masked. The message names the
             path, the shape and the remedy.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> depth = Depth.from_rules({"layers": 0}).resolve({"layers": jnp.ones((3, 2))})
+          >>> depth.groups
+          {'layers': 3}
         """
         present, masked = leaves_of(tree)
         if not present:
@@ -324,6 +330,9 @@ class Depth(Mapping[str, Place]):
         Args:
           path: the path of a leaf, as the table has it.
 
+        Returns:
+          A sentence or two.
+
         Raises:
           ValueError: if there is no such leaf.
 
@@ -367,12 +376,22 @@ class Depth(Mapping[str, Place]):
         return first if len(place.layers) > 1 else f"{first} It has no neighbour."
 
     def to_json(self) -> str:
-        """The Depth as JSON, for a file beside a checkpoint; :meth:`from_json` reads it."""
+        """The Depth as JSON, for a file beside a checkpoint; :meth:`from_json` reads it.
+
+        Returns:
+          The text. Rules that are not resolved are in it as such.
+        """
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Depth:
         """The Depth that :meth:`to_json` wrote.
+
+        Args:
+          text: what it wrote.
+
+        Returns:
+          The Depth, equal to that which was written.
 
         Raises:
           ValueError: if the text is something else.
