@@ -129,8 +129,9 @@ def _nothing_found(
         return "There are no parameters. Give trace_depth the tree that the optimizer is given."
     if not are_used:
         return (
-            f"The function does nothing with any parameter, like {paths[0]} {shape_of(leaves[0])}. "
-            "Give it as fn(params, *args), with these as its first argument."
+            "In the function no data meets any parameter, like "
+            f"{paths[0]} {shape_of(leaves[0])}. Give it as fn(params, *args), with these as its "
+            "first argument, and its data among args: what it makes itself are constants."
         )
     examples = {why: leaf for leaf, why in sorted(placing.reasons.items(), reverse=True)}
     reasons = [

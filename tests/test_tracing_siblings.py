@@ -386,7 +386,8 @@ def test_parts_of_a_scanned_block_are_no_turns():
             {f"stage_{i}": block() for i in range(3)},
             r"stage_0/wi \(4, 4\) is left alone: its siblings are not named.*'\.\*block_\.\*'",
         ),
-        (lambda p, x: x, numbered(3), r"does nothing with any parameter, like block_0/wi \(4, 4\)"),
+        (lambda p, x: x, numbered(3), r"no data meets any parameter, like block_0/wi \(4, 4\)"),
+        (lambda p, x: apply_all(jnp.ones((2, 4)), p.values()), numbered(3), "its data among args"),
         (
             lambda p, x: x,
             {"layers": {"w": float32(4), "act": jax.nn.relu}},
