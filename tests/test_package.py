@@ -51,6 +51,20 @@ def test_version_is_from_one_place():
     assert f"\nversion: {depthsmooth.__version__}\n" in citation
 
 
+def test_metadata_tell_what_a_registry_shows():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    told = importlib.metadata.metadata("depthsmooth")
+    assert told["Summary"] == project["description"]
+    assert told["License-Expression"] == "Apache-2.0"
+    assert told["License-File"] == "LICENSE"
+    assert told["Requires-Python"] == ">=3.11"
+    assert told["Description-Content-Type"] == "text/markdown"
+    assert "# depthsmooth" in (told["Description"] or told.get_payload())
+    assert "Paper, https://arxiv.org/abs/2606.30813" in told.get_all("Project-URL")
+    assert "Typing :: Typed" in told.get_all("Classifier")
+    assert {"demo", "inspect", "plot"} <= set(told.get_all("Provides-Extra"))
+
+
 NEVER_RAISES = {"as_scalars", "projections"}
 
 
