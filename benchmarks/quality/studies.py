@@ -100,8 +100,7 @@ class Study:
 
     def complete(self, results: Results) -> tuple[Arm, ...]:
         """All arms, with the controls of those that are claimed, as far as they are known."""
-        bases = dict.fromkeys(arm.base for arm in self.arms)
-        added = [arm for base in bases for arm in self.compared(base, results)]
+        added = [arm for base in self._bases for arm in self.compared(base, results)]
         return tuple(dict.fromkeys([*self.arms, *added]))
 
     def missing(self, results: Results) -> list[Run]:
@@ -120,10 +119,16 @@ class Study:
 
     def expected(self) -> int:
         """About how many runs it takes."""
-        tuned = (len(self.rates) + 2) * SCREENING + 3 * len(self.tuning[SCREENING:])
-        tuned *= len(self.rates) > 1
+        tuned = (len(self.rates) + 3) * SCREENING + 4 * len(self.tuning[SCREENING:])
+        if len(self.rates) == 1:
+            return len(self.arms) * len(self.test)
+        arms = len(self.arms) + sum(len(Arm(base, alpha=1.0).controls) for base in self._bases)
         others = len(self.untuned) + len(RATES) * 5 * self.swept
-        return len(self.arms) * (tuned + len(self.test)) + others * len(self.test)
+        return arms * (tuned + len(self.test)) + others * len(self.test)
+
+    @property
+    def _bases(self) -> tuple[Base, ...]:
+        return tuple(dict.fromkeys(arm.base for arm in self.arms))
 
     def _runs(self, arm: Arm, rate: float, seeds: Sequence[int]) -> list[Run]:
         return [Run(self.layers, self.steps, arm, rate, seed) for seed in seeds]
