@@ -23,7 +23,8 @@ class MonitorDepthState(NamedTuple):
 
     Attributes:
       count: number of updates made, an int32 scalar.
-      depth_metrics: what was measured last, by name; zeros before the first update.
+      depth_metrics: what was measured last, by name; zeros before the first update, for
+        which :func:`~depthsmooth.read_metrics` gives NaN.
     """
 
     count: jax.Array  # type: ignore[assignment] # every tuple has a count()

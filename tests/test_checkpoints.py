@@ -91,6 +91,16 @@ def test_the_counter_is_in_the_checkpoint():
     assert not np.array_equal(*kernels)
 
 
+def test_what_does_not_fit_is_not_carried_over():
+    """Muon of Optax and ours have as many arrays, of other leaves."""
+    params = {"kernel": jnp.ones((4, 3, 3)), "scale": jnp.ones((4, 3))}
+    old = optax.contrib.muon(0.02).init(params)
+    new = ds.muon(0.02, depth=ds.Depth.from_rules({".*": 0})).init(params)
+    assert len(jax.tree.leaves(old)) == len(jax.tree.leaves(new)) - 1
+    with pytest.raises(ValueError, match=r"Was \(4, 3\), has to be \(4, 3, 3\)|Was \(4, 3, 3\)"):
+        run(CARRY_OVER)["carry_over"](old, new)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_a_run_that_is_killed_and_resumed_is_the_uninterrupted_one(tmp_path):
     compile_once = {
