@@ -23,7 +23,7 @@ class Docstrings(griffe.Extension):
 
 
 def markdown(text: str, obj: griffe.Object) -> str:
-    """The docstring of an object, for MathJax and for mkdocstrings."""
+    """The docstring of an object, for mkdocstrings and for formulas."""
     text = MATH.sub(lambda match: _display(match.group(1)), text)
     text = INLINE.sub(lambda match: rf"\({' '.join(match.group(1).split())}\)", text)
     text = ROLE.sub(lambda match: _reference(match.group(1), obj), text)
