@@ -12,6 +12,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from matplotlib.figure import Figure
 
 from depthsmooth.demo import report, text
@@ -38,6 +39,7 @@ def compilation_cache(tmp_path_factory):
             jax.config.update(option, value)
         yield
     jax.config.update("jax_compilation_cache_dir", None)
+    reset_cache()
 
 
 @pytest.fixture(scope="module")
