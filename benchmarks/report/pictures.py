@@ -133,8 +133,8 @@ def _mechanism(evidence: Sequence[Evidence]) -> Figure:
             ax.set_title(f"{each.task}: {title}", fontsize=10)
             ax.set_xlabel("step")
             ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
-    for ax in figure.axes[:1]:
-        ax.legend(frameon=False, fontsize=8)
+    entries = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*entries, loc="outside upper center", ncols=len(NAMES), frameon=False)
     return figure
 
 
