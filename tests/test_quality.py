@@ -437,6 +437,27 @@ def test_a_claim_needs_the_controls(helps, verdict, tmp_path):
 
 
 @pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("helps", [True, False])
+def test_the_recommendation_follows_from_the_runs(helps, tmp_path):
+    """Here α from 0.35 on does harm, and below it smoothing helps, or any mixing."""
+
+    def loss(run):
+        gains = helped(run) if helps else bool(run.arm.alpha)
+        gain = 0.03 * gains - 0.1 * (run.arm.alpha > 0.3)
+        return 3 + 0.01 * np.log2(run.rate) ** 2 + noise(run) - gain
+
+    found(loss, tmp_path)
+    evidence, _ = gather(tmp_path)
+    retune, alpha = document.recommendation(evidence, claims(evidence)).splitlines()[2:]
+    assert ("worth a try" in retune) == helps
+    assert ("do not bother" in retune) != helps
+    assert "better than its base optimizer in 2 of 2" in retune
+    assert "keep α at 0.2 or below" in alpha
+    assert "α = 0.1 2 / 0 / 2" in alpha
+    assert "α = 0.5 0 / 2 / 2" in alpha
+
+
+@pytest.mark.usefixtures("quickly")
 def test_a_smaller_step_is_no_gain(tmp_path):
     """Smoothing acts as a smaller learning rate, which the base optimizer has tried as well."""
 

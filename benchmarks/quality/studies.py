@@ -52,6 +52,11 @@ class Study:
     test: tuple[int, ...] = TESTED
     observed: bool = False
 
+    @property
+    def bases(self) -> list[Base]:
+        """The base optimizers, in their order."""
+        return list(dict.fromkeys(arm.base for arm in self.arms))
+
     def tests(self, arm: Arm, rate: float) -> list[Run]:
         """The runs that are reported."""
         return [Run(self.layers, self.steps, arm, rate, seed, self.observed) for seed in self.test]
@@ -100,7 +105,7 @@ class Study:
 
     def complete(self, results: Results) -> tuple[Arm, ...]:
         """All arms, with the controls of those that are claimed, as far as they are known."""
-        added = [arm for base in self._bases for arm in self.compared(base, results)]
+        added = [arm for base in self.bases for arm in self.compared(base, results)]
         return tuple(dict.fromkeys([*self.arms, *added]))
 
     def missing(self, results: Results) -> list[Run]:
@@ -122,13 +127,9 @@ class Study:
         tuned = (len(self.rates) + 3) * SCREENING + 4 * len(self.tuning[SCREENING:])
         if len(self.rates) == 1:
             return len(self.arms) * len(self.test)
-        arms = len(self.arms) + sum(len(Arm(base, alpha=1.0).controls) for base in self._bases)
+        arms = len(self.arms) + sum(len(Arm(base, alpha=1.0).controls) for base in self.bases)
         others = len(self.untuned) + len(RATES) * 5 * self.swept
         return arms * (tuned + len(self.test)) + others * len(self.test)
-
-    @property
-    def _bases(self) -> tuple[Base, ...]:
-        return tuple(dict.fromkeys(arm.base for arm in self.arms))
 
     def _runs(self, arm: Arm, rate: float, seeds: Sequence[int]) -> list[Run]:
         return [Run(self.layers, self.steps, arm, rate, seed) for seed in seeds]

@@ -99,7 +99,9 @@ class Claim:
 def claims(evidence: Sequence[Evidence]) -> list[Claim]:
     """All claims but that of cost."""
     grids = [each for each in evidence if each.study.name == "grid"]
-    several = [(each, base) for each in grids if len(each.bases) > 1 for base in each.bases]
+    several = [
+        (each, base) for each in grids if len(each.study.bases) > 1 for base in each.study.bases
+    ]
     repeated = [each for each in grids if each.task in ("digits", "cifar100")]
     observed = [each for each in evidence if each.study.observed]
     return [

@@ -57,7 +57,7 @@ def document(evidence: Sequence[Evidence], begun: Sequence[str], pictures: Seque
             for name in pictures
         ),
         "## Every arm that ran",
-        *(_arms(each, base) for each in evidence for base in each.bases),
+        *(_arms(each, base) for each in evidence for base in each.study.bases),
         _HOW,
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
@@ -110,7 +110,7 @@ def _tallies(grids: Sequence[Evidence]) -> str:
     """Which share, variant and scope, by how their arms fare against their base."""
     compared: list[tuple[Arm, Comparison]] = []
     for each in grids:
-        for base in each.bases:
+        for base in each.study.bases:
             arms = [arm for arm in each.arms(base) if arm.alpha and not arm.control]
             values = each.values(Arm(base))
             pairs = corrected([Comparison.between(each.values(arm), values) for arm in arms])

@@ -45,11 +45,6 @@ class Evidence:
     study: Study
     results: Results
 
-    @property
-    def bases(self) -> list[Base]:
-        """The base optimizers that were compared."""
-        return list(dict.fromkeys(arm.base for arm in self.study.arms))
-
     def arms(self, base: Base) -> list[Arm]:
         """All arms that ran."""
         return [arm for arm in self.study.complete(self.results) if arm.base == base]
