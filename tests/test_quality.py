@@ -453,8 +453,11 @@ def test_the_recommendation_follows_from_the_runs(helps, tmp_path):
     assert ("do not bother" in retune) != helps
     assert "better than its base optimizer in 2 of 2" in retune
     assert "keep α at 0.2 or below" in alpha
-    assert "α = 0.1 2 / 0 / 2" in alpha
-    assert "α = 0.5 0 / 2 / 2" in alpha
+    assert "0 of 12 up to it and 4 of 4 above it" in alpha
+    assert ("`standard/full`, 6 times" in alpha) or not helps
+    page = document.document(evidence, [], [])
+    assert "| α = 0.1 | 2 | 0 | 2 |" in page
+    assert "| α = 0.5 | 0 | 2 | 2 |" in page
 
 
 @pytest.mark.usefixtures("quickly")

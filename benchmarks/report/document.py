@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,6 +49,7 @@ def document(evidence: Sequence[Evidence], begun: Sequence[str], pictures: Seque
         _verdicts(found),
         f"Only begun, and left out: {'; '.join(begun)}." if begun else "",
         recommendation(evidence, found),
+        _tallies(_with_their_base(evidence)),
         _replication(evidence),
         *map(_claim, found),
         "\n\n".join(["## Loss at every learning rate", *map(_sweep, sweeps)]) if sweeps else "",
@@ -83,7 +85,7 @@ def recommendation(evidence: Sequence[Evidence], found: Sequence[Claim]) -> str:
         f"task and base optimizer, than shuffled layers in {won[1]}, and than these and the "
         f"smaller step in {won[2]}.",
         *_as_a_smaller_step(evidence),
-        _tallies([each for each in evidence if each.study.name == "grid"]),
+        _safe(_with_their_base(evidence)),
     ]
     return "## Recommendation\n\n" + "\n".join(f"- {line}" for line in lines)
 
@@ -106,32 +108,57 @@ def _as_a_smaller_step(evidence: Sequence[Evidence]) -> list[str]:
     return []
 
 
-def _tallies(grids: Sequence[Evidence]) -> str:
-    """Which share, variant and scope, by how their arms fare against their base."""
+def _with_their_base(evidence: Sequence[Evidence]) -> list[tuple[Arm, Comparison]]:
+    """All smoothed arms of all grids with their base optimizers, by α."""
     compared: list[tuple[Arm, Comparison]] = []
-    for each in grids:
-        for base in each.study.bases:
+    for each in evidence:
+        for base in each.study.bases if each.study.name == "grid" else ():
             arms = [arm for arm in each.arms(base) if arm.alpha and not arm.control]
             values = each.values(Arm(base))
             pairs = corrected([Comparison.between(each.values(arm), values) for arm in arms])
             compared += zip(arms, pairs, strict=True)
-    compared.sort(key=lambda pair: pair[0].alpha)
+    return sorted(compared, key=lambda pair: pair[0].alpha)
+
+
+def _safe(compared: Sequence[tuple[Arm, Comparison]]) -> str:
+    """Up to which α no arm did harm, and whether there is a variant or scope to prefer."""
     harmful = min((arm.alpha for arm, one in compared if one.worse), default=math.inf)
     safe = max((arm.alpha for arm, _ in compared if arm.alpha < harmful), default=0.0)
+    worse = [one.worse for arm, one in compared if arm.alpha > safe]
+    counts = [f"0 of {len(compared) - len(worse)} up to it"] if safe else []
+    counts += [f"{sum(worse)} of {len(worse)}" + " above it" * bool(safe)] if worse else []
+    advice = f"If you use it, keep α at {safe:g} or below" if safe else "Every α did harm"
+    kinds = collections.Counter(_kind(arm) for arm, one in compared if one.better)
+    best = "No variant or scope was significantly better with any α."
+    if kinds:
+        [(kind, count)] = kinds.most_common(1)
+        best = f"Most often significantly better was {kind}, {count} times."
+    return (
+        f"**{advice}.** Of the smoothed arms, {' and '.join(counts)} ended significantly worse "
+        f"than their base optimizer, each at its best rate. {best}"
+    )
+
+
+def _tallies(compared: Sequence[tuple[Arm, Comparison]]) -> str:
+    """How often each α, variant and scope was better or worse than its base optimizer."""
     tallies: dict[str, list[Comparison]] = {}
     for arm, one in compared:
         tallies.setdefault(f"α = {arm.alpha:g}", []).append(one)
     for arm, one in compared:
-        tallies.setdefault(f"`{arm.variant}/{arm.scope}`", []).append(one)
-    told = (
-        f"{name} {sum(one.better for one in ours)} / {sum(one.worse for one in ours)} / {len(ours)}"
+        tallies.setdefault(_kind(arm), []).append(one)
+    rows = [
+        [name, str(sum(c.better for c in ours)), str(sum(c.worse for c in ours)), str(len(ours))]
         for name, ours in tallies.items()
-    )
-    advice = f"If you use it, keep α at {safe:g} or below" if safe else "Every α did harm"
+    ]
+    header = ["smoothed arms", "significantly better", "significantly worse", "all"]
     return (
-        f"**{advice}.** Arms that were significantly better than "
-        f"their base, each at its best rate / significantly worse / all: {', '.join(told)}."
+        "## Which α, variant and scope\n\nAll smoothed arms of all grids beside their base "
+        f"optimizer, each at its best rate:\n\n{table(header, rows)}"
     )
+
+
+def _kind(arm: Arm) -> str:
+    return f"`{arm.variant}/{arm.scope}`"
 
 
 def _verdicts(found: Sequence[Claim]) -> str:
