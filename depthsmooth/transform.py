@@ -159,7 +159,7 @@ def augment_over_depth(
         gives True or False from the path, the shape and the dtype. What is left out
         passes through untouched.
       variant: ``"standard"``, ``"norm_preserving"`` or ``"directional"``. The last two
-        take norms, and so read the update once more.
+        take norms, and so read the update once and twice more.
       norm_over: ``"tensor"``: each tensor of a layer has a norm, as in the authors' code;
         ``"block"``: all selected tensors of a layer together have one, as in the paper.
         Norms are in float32, or float64 for such updates. In the former, updates of less

@@ -1,6 +1,7 @@
 """Two hosts: one program in each, layers and batches split over both; here, on one machine."""
 
 import argparse
+import os
 import pathlib
 import socket
 import subprocess
@@ -80,7 +81,8 @@ def start_both():
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, *sys.argv, "--coordinator", coordinator, "--process"]
-    hosts = [subprocess.Popen([*command, process]) for process in ("0", "1")]
+    cpu = os.environ | {"JAX_PLATFORMS": "cpu"}  # both cannot have the same accelerators
+    hosts = [subprocess.Popen([*command, process], env=cpu) for process in ("0", "1")]
     statuses = [host.wait() for host in hosts]
     sys.exit(any(statuses))
 

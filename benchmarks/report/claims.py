@@ -15,7 +15,9 @@ from benchmarks.report.statistics import Comparison, Verdict, corrected, judged,
 OPPONENTS = ("untuned", "retuned", "deepest", "shuffled", "shrunk", "mean")
 """The first is the base optimizer at the task's own learning rate, with smoothing at the same."""
 REQUIRED = ("retuned", "deepest", "shuffled", "shrunk")
-AT_ONE_RATE = "All but the base at its best are compared at one learning rate, and all count"
+AT_ONE_RATE = (
+    "Compared at one learning rate, but for “each at its best”; the base has to be beaten both ways"
+)
 SHARE = 0.05
 """The smallest gain that matters, of what the base optimizer has, for all but losses."""
 

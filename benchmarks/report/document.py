@@ -80,10 +80,10 @@ def recommendation(evidence: Sequence[Evidence], found: Sequence[Claim]) -> str:
     won.append(sum(each.verdict is Verdict.SUPPORTED for each in settings.values()))
     advice = "it may be worth a try" if won[-1] else "if you can, do not bother with smoothing"
     lines = [
-        f"**Retune the learning rate first; {advice}.** With every arm at its own best rate it was "
-        f"significantly better than its base optimizer in {won[0]} of {len(settings)} settings of "
-        f"task and base optimizer, than shuffled layers in {won[1]}, and than these and the "
-        f"smaller step in {won[2]}.",
+        f"**Retune the learning rate first; {advice}.** In {len(settings)} settings (a task and a "
+        f"base optimizer), every arm at its own best rate, it was significantly better than its "
+        f"base optimizer in {won[0]}, than shuffled layers in {won[1]}, and than base, shuffled "
+        f"layers and smaller step together in {won[2]}.",
         *_as_a_smaller_step(evidence),
         _safe(_with_their_base(evidence)),
     ]
@@ -109,10 +109,10 @@ def _as_a_smaller_step(evidence: Sequence[Evidence]) -> list[str]:
 
 
 def _with_their_base(evidence: Sequence[Evidence]) -> list[tuple[Arm, Comparison]]:
-    """All smoothed arms of all grids with their base optimizers, by α."""
+    """All smoothed arms of grids and studies of depth with their base optimizers, by α."""
     compared: list[tuple[Arm, Comparison]] = []
     for each in evidence:
-        for base in each.study.bases if each.study.name == "grid" else ():
+        for base in each.study.bases if each.study.name in ("grid", "depth") else ():
             arms = [arm for arm in each.arms(base) if arm.alpha and not arm.control]
             values = each.values(Arm(base))
             pairs = corrected([Comparison.between(each.values(arm), values) for arm in arms])
@@ -152,8 +152,8 @@ def _tallies(compared: Sequence[tuple[Arm, Comparison]]) -> str:
     ]
     header = ["smoothed arms", "significantly better", "significantly worse", "all"]
     return (
-        "## Which α, variant and scope\n\nAll smoothed arms of all grids beside their base "
-        f"optimizer, each at its best rate:\n\n{table(header, rows)}"
+        "## Which α, variant and scope\n\nAll smoothed arms of grids and studies of depth beside "
+        f"their base optimizer, each at its best rate:\n\n{table(header, rows)}"
     )
 
 
@@ -373,11 +373,11 @@ Small models, trained on a CPU, with repeated seeds and controls. This page is m
 - **Differences** are paired over seeds, with 95 % t-intervals; below 0 is better. "Better" and
   "worse" are said by the paired t-test at 5 %, with Holm's correction over the table.
 - **Supported**: smoothing beats its base optimizer *with a retuned learning rate*, shuffled
-  layers and, where it makes the step smaller, the smaller step. **Not supported**: surely it does
-  not beat one of them by as much as matters: {share:.2f} % of a loss, half of what the published
-  replication gained, and {100 * SHARE:g} % of other measures. **Inconclusive**: neither. Both with
-  Holm's correction over the settings of a claim, which is supported if it is in all of them, and
-  not supported if it is in none and refused in most.
+  layers and, where it makes the step smaller, the smaller step. **Not supported**: over one of them
+  it surely gains less than matters: {share:.2f} % of a loss, half of what the published replication
+  gained, and {100 * SHARE:g} % of other measures. **Inconclusive**: neither. Both are corrected by
+  Holm over the settings of a claim. A claim is supported if it is in all settings, and not
+  supported if it is in none and refused in most.
 - Intervals are over seeds, and take the learning rates and the data for given."""
 
 
@@ -386,8 +386,8 @@ _HOW = f"""\
 
 Each line in `benchmarks/results/quality/*.jsonl` is a run, with the command that repeats it;
 `python -m benchmarks.quality TASK` makes all that are missing, and `--help` says how long that
-took. Rates from ¼ to 4 times the task's are tried first, then those beyond an edge, down to
-{CANDIDATES[0]:g} and up to {CANDIDATES[-1]:g}, and those beside the best, on {SCREENING} seeds;
-the best and those beside it on all that tune. Losses above chance, as
-where training diverged, count as chance.
+took. Both need `python -m pip install -e ".[bench]"`. Rates from ¼ to 4 times the task's are tried
+first, then those beyond an edge, down to {CANDIDATES[0]:g} and up to {CANDIDATES[-1]:g}, and those
+beside the best, on {SCREENING} seeds; the best and those beside it on all that tune. Losses above
+chance, as where training diverged, count as chance.
 """
