@@ -106,7 +106,8 @@ class Depth(Mapping[str, Place]):
             ``jax.shard_map`` a Depth of the whole arrays meets the parts of one device.
 
         Returns:
-          The Depth of that tree's leaves. A tree without leaves gives ``self``.
+          The Depth of that tree's leaves. A tree without leaves gives the rules as they are, or
+          else a Depth of none.
 
         Raises:
           ValueError: if a leaf does not fit its place, a rule matches nothing, or a
@@ -121,7 +122,7 @@ class Depth(Mapping[str, Place]):
         """
         present, masked = leaves_of(tree)
         if not present:
-            return self
+            return self if self.rules else Depth()
         shapes = {path: shape_of(leaf) for path, leaf in present}
         arrays = dict(present)
         reasons = {leaf.path: leaf.reason for leaf in self.leaves}

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from depthsmooth.layout import Depth, Where
@@ -78,8 +79,9 @@ def monitor_depth(
       >>> read_metrics(state)["layers"].cosines.tolist()
       [1.0, -1.0]
     """
-    if isinstance(every, bool | float) or (isinstance(every, int) and every < 1):
-        raise ValueError(f"every is {every}, but has to be a whole number of updates, 1 or more.")
+    is_whole = isinstance(every, int | np.integer) and not isinstance(every, bool) and every >= 1
+    if not is_whole and not isinstance(every, jax.Array):
+        raise ValueError(f"every is {every!r}, but has to be a whole number of updates, 1 or more.")
     if not isinstance(name, str):
         raise ValueError(f"name is {name!r}, but has to be a string.")
     check_measure(depth, by)
@@ -90,7 +92,7 @@ def monitor_depth(
 
     def init_fn(params: optax.Params) -> MonitorDepthState:
         count = jnp.zeros([], jnp.int32)
-        if not leaves_of(params)[0]:
+        if not any(leaves_of(params)):
             # optax.tree.map_params asks what the state of no parameters begins with.
             return MonitorDepthState(count, jnp.zeros([]))  # type: ignore[arg-type]
         shapes = jax.eval_shape(measured, params)
@@ -114,7 +116,7 @@ def monitor_depth(
 
         metrics = (
             measure()
-            if isinstance(every, int) and every == 1
+            if is_whole and every == 1
             else jax.lax.cond(count % every == 0, measure, lambda: before)
         )
         return updates, MonitorDepthState(optax.safe_increment(count), metrics)

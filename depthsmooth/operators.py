@@ -535,12 +535,14 @@ class _Number:
         if isinstance(value, np.ndarray) and value.ndim == 0:
             value = value.item()
         if isinstance(value, int | float | np.floating | np.integer):
-            if self._low <= value < self._high or (value == self._high and not self._below):
+            is_strict = self._below or self._high == np.inf
+            is_below = value < self._high if is_strict else value <= self._high
+            if math.isfinite(value) and value >= self._low and is_below:
                 return float(value)
-            bound = "<" if self._below else "<="
-            high = f" {bound} {self._high:g}" if self._high < np.inf else ""
+            low = f"{self._low:g} {'<=' if self._low > -np.inf else '<'}"
+            high = f"{'<' if is_strict else '<='} {self._high:g}"
             raise ValueError(
-                f"{self._name} is {value}, but has to be in {self._low:g} <= {self._name}{high}."
+                f"{self._name} is {value}, but has to be in {low} {self._name} {high}."
             )
         if isinstance(value, jax.Array) and value.ndim == 0 and not jnp.iscomplexobj(value):
             return jnp.asarray(value, float)

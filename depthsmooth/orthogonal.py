@@ -205,15 +205,23 @@ def _axes(axes: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _check_whole(depth: Depth, tree: optax.Params, numbers: optax.Params) -> None:
-    """Raises if a device has a part of a matrix alone, as in shard_map, or a type says so."""
+    """Raises if a matrix has parts of several layers, or a device has a part of it alone."""
     whole = {leaf.path: leaf.shape for leaf in depth.leaves}
-    leaves = depth.map(lambda path, leaf, _: (path, leaf), tree)
+    leaves = depth.map(lambda path, leaf, place: (path, leaf, place), tree)
 
-    def check(one: optax.contrib.MuonDimensionNumbers | None, at: tuple[str, jax.Array]) -> None:
+    def check(
+        one: optax.contrib.MuonDimensionNumbers | None, at: tuple[str, jax.Array, Place | None]
+    ) -> None:
         if one is None:
             return
-        path, leaf = at
+        path, leaf, place = at
         axes = _axes(one.reduction_axis) + _axes(one.output_axis)
+        if place is not None and {axis % leaf.ndim for axis in axes} & set(place.axes):
+            raise ValueError(
+                f"{path} {whole[path]} has its layers along axis "
+                f"{', '.join(map(str, place.axes))}, which {one} would make a part of each "
+                "matrix. Name other axes, or leave muon_weight_dimension_numbers out."
+            )
         spec = jax.typeof(leaf).sharding.spec if hasattr(leaf, "dtype") else ()
         by_type = [axis for axis in axes if spec and spec[axis] is not None]
         in_parts = [axis for axis in axes if leaf.shape[axis] != whole[path][axis]]

@@ -340,19 +340,24 @@ def _level_of_numbers(pattern: str, paths: Sequence[str], shapes: Mapping[str, S
     numbered = [level for level, found in enumerate(numbers) if found != {None}]
     if not numbered:
         _unnumbered(paths[0], pattern, shapes)
-    for above in numbered[: numbered.index((varying or numbered)[0])]:
-        key, below = (
-            next(key for key in levels[level] if numbered_key(key)[1] is not None)
-            for level in (above, varying[0])
+    chosen = (varying or numbered)[0]
+    for level in numbered:
+        upper, lower = (
+            next(key for key in levels[at] if numbered_key(key)[1] is not None)
+            for at in sorted((level, chosen))
         )
-        if not re.search(f"(^|/){re.escape(key)}(/|$)", pattern):
+        stem, _ = numbered_key(lower)
+        is_rival = level in varying and stem and re.search(f"(^|/){re.escape(stem)}", pattern)
+        if level < chosen:
+            is_rival = not re.search(f"(^|/){re.escape(upper)}(/|$)", pattern)
+        if level != chosen and is_rival:
             raise ValueError(
                 f"{paths[0]} {shapes.get(paths[0], '')} has several numbers, and the rule "
-                f"{pattern!r} does not say which one tells layers, that in {key!r} or that in "
-                f"{below!r}. Put it in parentheses: {key!r} would be "
-                f"{_parenthesised(key)!r}."
+                f"{pattern!r} does not say which one tells layers, that in {upper!r} or that in "
+                f"{lower!r}. Put it in parentheses: {upper!r} would be "
+                f"{_parenthesised(upper)!r}."
             )
-    return (varying or numbered)[0]
+    return chosen
 
 
 def _parenthesised(key: str) -> str:

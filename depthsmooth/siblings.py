@@ -121,7 +121,9 @@ class Family:
         stem = re.escape(
             first.path[: len(first.path) - len(first.key)] + numbered_key(first.key)[0]
         )
-        return rf"{stem}[-_]?(\d*)/.*" if first.key != "0" else rf"{stem}(\d+)/.*"
+        number = r"[-_]?(\d*)" if first.key != "0" else r"(\d+)"
+        rest = "(?:/.*)?" if any(node.is_leaf for node in self.members.values()) else "/.*"
+        return stem + number + rest
 
     @functools.cached_property
     def tensors(self) -> dict[str, dict[int, Shape]]:
@@ -177,8 +179,10 @@ class Family:
     @property
     def uneven(self) -> str:
         """A tensor that has not the same shape in all siblings that have it, if there is one."""
-        uneven = (name for name, shapes in self.tensors.items() if len(set(shapes.values())) > 1)
-        return next(uneven, "")
+        for name, shapes in self.tensors.items():
+            if len(set(shapes.values())) > 1:
+                return "/".join(filter(None, [self.group, name]))
+        return ""
 
     def tensor(self, member: Node, leaf: Known) -> str:
         """Which of a sibling's tensors a leaf is; tensors of other shapes are others."""

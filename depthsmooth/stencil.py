@@ -500,8 +500,6 @@ def _gather(
             if (exist == inside).all():
                 return shifted
             return like.only(exist, shifted)
-    if any(array.is_shard for array in arrays):
-        raise ValueError("Layers that shard_map splits have to be of one stack, or dealt in turn.")
     merged = {j: arrays[j].merged().astype(zeros.dtype) for j in {j for j, _ in found}}
     nothing = jnp.zeros(next(iter(merged.values())).shape[1:], zeros.dtype)
     layers = [nothing if place is None else merged[place[0]][place[1]] for place in places]

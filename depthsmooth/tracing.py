@@ -449,11 +449,10 @@ class _Placing:
             if in_full and self._composition.is_chain(pieces):
                 container = self._paths[leaf].rpartition("/")[0]
                 found.setdefault((size, container), {})[leaf] = (axis, order)
+        pairs = {leaf for (size, _), leaves in found.items() if size == 2 for leaf in leaves}
         for (size, _), leaves in found.items():
             matrices = any(len(self._shapes[leaf]) > 2 for leaf in leaves)
-            keys = {key for leaf in leaves for key in self._paths[leaf].split("/")}
-            is_named = any(map(is_layer_name, keys))
-            if not matrices or not (is_named or len(leaves) > 1 or size > 2):
+            if not matrices or (size == 2 and not self._are_pairs_of_layers(leaves, pairs)):
                 why = "its slices compose, but they may be parts of a layer"
                 self.reasons |= dict.fromkeys(leaves, why)
                 continue
@@ -461,6 +460,24 @@ class _Placing:
             for leaf, (axis, order) in leaves.items():
                 layers = tuple(order.index(index) for index in range(len(order)))
                 self.places[leaf] = Place(group, self._paths[leaf], (axis,), layers, "trace")
+
+    def _are_pairs_of_layers(self, leaves: Iterable[int], pairs: Set[int]) -> bool:
+        """Whether leaves with two slices hold two layers, and not two matrices of one.
+
+        Then there are two of all tensors: of those below a key that names layers, or else of
+        several side by side. Below a key that names a single layer, nothing else is layers.
+        """
+        keys = self._paths[next(iter(leaves))].split("/")
+        named = [at for at, key in enumerate(keys, 1) if is_layer_name(key)]
+        container = "/".join(keys[: named[-1]] if named else keys[:-1])
+        if named and not (keys[named[-1] - 1] == "h" or keys[named[-1] - 1].endswith("s")):
+            return False
+        beside = {
+            leaf
+            for leaf, path in enumerate(self._paths)
+            if not container or path == container or path.startswith(f"{container}/")
+        }
+        return beside <= pairs and (bool(named) or len(beside) > 1)
 
     def _node(self, leaves: Iterable[int]) -> Node:
         return Node("", tuple(Known(self._paths[leaf], self._shapes[leaf]) for leaf in leaves))

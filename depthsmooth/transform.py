@@ -153,7 +153,8 @@ def augment_over_depth(
 
     Args:
       operator: such as :func:`~depthsmooth.window` or :func:`~depthsmooth.ema` gives. A
-        single layer, alone in its group or between cuts, is left as it is.
+        single layer, alone in its group or between cuts, is left as it is; to rounding, if
+        norms are taken of it.
       depth: where the layers are, as in :func:`smooth_over_depth`.
       where: which of the leaves that ``depth`` places are mixed: ``where(path, leaf)``
         gives True or False from the path, the shape and the dtype. What is left out
@@ -353,7 +354,10 @@ def _stencils(
     for track in depth.tracks:
         runs = track.runs_between(cuts.get(track.group, ()))
         if runs not in made:
-            made[runs] = stencil.join([_stencil(operator, count, n) for n in runs])
+            try:
+                made[runs] = stencil.join([_stencil(operator, count, n) for n in runs])
+            except ValueError as error:
+                raise ValueError(f"In {track.group}: {error}") from error
         stencils[track] = made[runs]
     return stencils
 

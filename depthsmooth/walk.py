@@ -134,8 +134,7 @@ class Walk:
         known |= {variable: _constant(variable) for variable in jaxpr.constvars}
 
         def read(atom: core.Var | core.Literal) -> _Value:
-            is_literal = hasattr(atom, "val")
-            return _constant(atom) if is_literal else known[atom]
+            return _constant(atom) if _is_literal(atom) else known[atom]
 
         for equation in jaxpr.eqns:
             results = self._equation(equation, [read(atom) for atom in equation.invars])
@@ -387,9 +386,14 @@ def _counter_steps(body: core.Jaxpr, consts: int, carries: int) -> list[int]:
     made_by = {variable: equation for equation in body.eqns for variable in equation.outvars}
     steps = []
     for slot, result in zip(body.invars[consts:][:carries], body.outvars, strict=False):
-        equation = made_by.get(result)
-        steps.append(_step(slot, equation) if equation else 0)
+        is_made = not _is_literal(result) and result in made_by
+        steps.append(_step(slot, made_by[result]) if is_made else 0)
     return steps
+
+
+def _is_literal(atom: core.Var | core.Literal) -> bool:
+    """Whether it is a number, which can't be looked up: literals have no hash."""
+    return hasattr(atom, "val")
 
 
 def _step(slot: core.Var, equation: core.JaxprEqn) -> int:

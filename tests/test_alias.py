@@ -300,6 +300,18 @@ def test_dimension_numbers_of_ones_own(as_function):
     chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("optimizer", [ds.muon, ds.normuon])
+def test_a_matrix_across_layers_is_refused(optimizer):
+    """Optax's own numbers, by default, are of the first two axes, whatever they are."""
+    numbers = {"kernel": optax.contrib.MuonDimensionNumbers()}
+    depth = ds.Depth.from_rules({"kernel": 0})
+    tx = optimizer(0.1, depth=depth, muon_weight_dimension_numbers=numbers)
+    message = r"kernel \(5, 4, 3\) has its layers along axis 0, which MuonDim.* Name other axes"
+    with pytest.raises(ValueError, match=message):
+        tx.init({"kernel": jnp.ones((5, 4, 3))})
+    tx.init({"kernel": optax.MaskedNode()})
+
+
 def test_adaptive_muon_is_refused_on_a_stack():
     with pytest.raises(ValueError, match=r"layers/\w+ \(5, .* holds 5 layers, but adaptive=True"):
         ds.muon(0.1, adaptive=True, depth=DEPTH).init(tree(0))

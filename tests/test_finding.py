@@ -283,6 +283,24 @@ def test_names_that_are_no_axes():
     assert "inputs/kernel" not in find_depth(params | {"inputs": {"kernel": dims}})
 
 
+@pytest.mark.parametrize("extra", [[], [{"w": jnp.ones((4, 4))}]], ids=["bare", "some bare"])
+def test_the_rules_it_offers_match_leaves_without_a_name(extra):
+    params = {"layers": [*[jnp.ones((4, 4))] * 3, *extra]}
+    with pytest.raises(AmbiguousDepthError, match=r"layers/0 \(4, 4\)") as raised:
+        find_depth(params)
+    for rules in raised.value.readings.values():
+        for rule in (*rules, "()"):
+            known = ds.Depth.from_rules({next(iter(raised.value.readings)): eval(rule, NAMES)})
+            find_depth(params, known=known)
+
+
+def test_bare_matrices_of_different_sizes_are_no_layers_of_one_stack():
+    params = {"layers": [jnp.ones((8, 8))] * 2 + [jnp.ones((4, 4))] * 2}
+    with pytest.raises(AmbiguousDepthError, match=r"layers/\* has not the same shape") as raised:
+        find_depth(params)
+    assert list(raised.value.readings.values()) == [()]
+
+
 def test_names_of_what_is_no_box():
     class Named(eqx.Module):
         weight: jax.Array

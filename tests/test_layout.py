@@ -196,6 +196,8 @@ def test_a_key_that_is_called_value_is_no_box():
     depth = Depth.from_rules({"layers/.*": 0}).resolve(params)
     plain = {"layers": Attention(jnp.ones((3, 4)), jnp.ones((3, 4)))}
     assert list(depth.resolve(plain)) == ["layers/query", "layers/value"]
+    nested = {"layers": Attention({"kernel": jnp.ones((3, 4, 4))}, jnp.ones((3, 4)))}
+    assert [path for path, _ in leaves_of(nested)[0]] == ["layers/query/kernel", "layers/value"]
 
 
 def test_truth():

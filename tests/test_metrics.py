@@ -276,9 +276,13 @@ def test_noise_of_real_gradients():
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"layers": jnp.ones((1, 3, 4))}, r"layers has the gradients of 1 micro-batches"),
-        ({"layers": jnp.ones((2, 3)), "head": jnp.ones(3)}, r"layers has .* of 2 micro-batches"),
-        ({"layers": jnp.ones((2, 3)), "head": jnp.ones(())}, r"head has the gradients of 0"),
+        ({"layers": jnp.ones((1, 3, 4))}, r"layers \(1, 3, 4\) has the gradients of 1 micro"),
+        (
+            {"layers": jnp.ones((2, 3)), "head": jnp.ones(3)},
+            r"layers \(2, 3\) has .* of 2 micro-batches",
+        ),
+        ({"layers": jnp.ones((2, 3)), "head": 1.0}, r"head \(\) has the gradients of 0"),
+        ({"layers": jnp.ones((2, 3)), "head": jnp.ones(())}, r"head \(\) has the gradients of 0"),
     ],
 )
 def test_refuses_what_is_no_stack_of_gradients(tree, message):

@@ -99,6 +99,21 @@ def test_before_the_first_update_nothing_is_known():
     assert metrics.similarity.shape == (6, 6)
 
 
+@pytest.mark.parametrize("depth", [DEPTH, DEPTH.resolve(tree())], ids=["rules", "resolved"])
+def test_where_all_is_masked_there_is_nothing_to_measure(depth):
+    tx = optax.masked(ds.monitor_depth(depth), jax.tree.map(lambda _: False, tree()))
+    state = tx.init(tree())
+    _, after = tx.update(tree(), state)
+    assert after.inner_state.depth_metrics == {}
+    chex.assert_trees_all_equal_structs(state, after)
+
+
+@pytest.mark.parametrize("every", [0, np.int64(0), -1, 1.0, True, None, "10"])
+def test_refuses_what_is_no_number_of_updates(every):
+    with pytest.raises(ValueError, match=f"every is {re.escape(repr(every))}, but .* 1 or more"):
+        ds.monitor_depth(DEPTH, every=every)
+
+
 def nested(monitor):
     """A monitor in whatever Optax and Flax have that holds others, and what it sees."""
     masked = {"layers": {"kernel": True, "bias": False}, "head": False}
@@ -230,9 +245,6 @@ def test_refuses_to_mix_up_monitors():
 @pytest.mark.parametrize(
     ("arguments", "keywords", "message"),
     [
-        ((DEPTH, 0), {}, r"every is 0, but has to be a whole number of updates"),
-        ((DEPTH, True), {}, r"every is True, but"),
-        ((DEPTH, 2.5), {}, r"every is 2\.5, but"),
         ((tree(),), {}, r"depth is a dict, but has to be a Depth, such as trace_depth"),
         ((DEPTH,), {"by": "layer"}, r"by is 'layer', but has to be 'group' or 'tensor'"),
         ((DEPTH,), {"name": 3}, r"name is 3, but has to be a string"),

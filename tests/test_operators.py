@@ -181,10 +181,13 @@ def test_a_traced_operator_mixes_as_its_matrix_says(jit):
     [
         (lambda: ds.sharpen(1.0), r"alpha is 1\.0, but has to be in 0 <= alpha < 1"),
         (lambda: ds.exponential(1.5), r"self_weight is 1\.5, .* 0 <= self_weight <= 1"),
-        (lambda: ds.exponential(0.5, rate=-1), r"rate is -1, .* 0 <= rate\."),
+        (lambda: ds.exponential(0.5, rate=-1), r"rate is -1, .* 0 <= rate < inf\."),
         (lambda: ds.exponential(0.5, radius=0), r"radius is 0, .* at least 1"),
         (lambda: ds.exponential(0.5, radius=1.5), r"radius is 1\.5"),
         (lambda: ds.exponential(0.5, direction="up"), r"direction is 'up', .* 'left'"),
+        (lambda: ds.exponential(0.5, rate=np.inf), r"rate is inf, .* 0 <= rate < inf\."),
+        (lambda: ds.diffusion(np.inf), r"time is inf, .* 0 <= time < inf\."),
+        (lambda: ds.from_kernel([-np.inf]), r"tap 0 is -inf, .* -inf < tap 0 < inf\."),
         (lambda: ds.ema(1.0), r"rho is 1\.0"),
         (lambda: ds.ema("0.5"), r"rho is '0\.5', .* number, a schedule"),
         (lambda: ds.from_kernel([0.5, 0.5]), r"There are 2 taps, but an odd number"),
@@ -198,7 +201,13 @@ def test_a_traced_operator_mixes_as_its_matrix_says(jit):
         (lambda: ds.from_kernel([-1, 0, 1], "renormalize")(4, 0), r"layer 1 of 4 have the sum 0"),
         (lambda: ds.from_matrix(np.ones((2, 3))), r"of shape \(2, 3\), .* square"),
         (lambda: ds.from_matrix(np.eye(3))(4, 0), r"shape \(3, 3\), .* 4 layers"),
-        (lambda: ds.diffusion(-1.0), r"time is -1\.0, .* 0 <= time\."),
+        (
+            lambda: ds.augment_over_depth(
+                ds.from_matrix(np.eye(3)), depth=ds.Depth.from_rules({"a": 0, "b": 0})
+            ).init({"a": jnp.ones((3, 2)), "b": jnp.ones((4, 2))}),
+            r"In b: .* shape \(3, 3\), .* 4 layers",
+        ),
+        (lambda: ds.diffusion(-1.0), r"time is -1\.0, .* 0 <= time < inf\."),
         (lambda: ds.mean(-0.1), r"weight is -0\.1"),
         (lambda: ds.ema(lambda count: 2.0)(3, 0), r"rho is 2\.0"),
         (lambda: ds.window(ds.ema), r"alpha is ema, which is no schedule"),

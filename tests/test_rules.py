@@ -62,6 +62,15 @@ def test_parts_of_the_only_layer_that_is_there_are_no_layers():
     assert set(only.values()) == {(0,)}
 
 
+def test_a_pattern_of_two_numbers_that_vary_has_to_say_which():
+    params = {f"stage_{s}": {f"block_{i}": {"w": ones(4)} for i in range(3)} for s in range(2)}
+    message = r"stage_0/block_0/w \(4,\) has several numbers.*'stage_0' or that in 'block_0'"
+    with pytest.raises(ValueError, match=message):
+        layers({r"stage_\d+/block_.*": numbered()}, params)
+    assert layers({r"stage_\d+/.*": numbered()}, params)["stage_1/block_2/w"] == (1,)
+    assert layers({r"stage_\d+/block_(\d+)/.*": numbered()}, params)["stage_1/block_2/w"] == (2,)
+
+
 def test_another_number_by_parentheses():
     params = {f"tower_{t}": {f"mlp_{i}": ones(4) for i in range(3)} for t in range(2)}
     depth = Depth.from_rules({r"tower_\d/mlp_(\d+)": numbered()}).resolve(params)

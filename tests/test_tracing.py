@@ -226,6 +226,18 @@ LAYERS = {
         )[1],
         {"w": 0},
     ),
+    "with a number in the carry": (
+        lambda p, x: jax.lax.scan(
+            lambda c, w: ((compose(c[0], w)[0], 0.0), None), (x, 0.0), p["w"]
+        )[0][0],
+        {"w": 0},
+    ),
+    "followed by a loop that ends at once": (
+        lambda p, x: jax.lax.while_loop(
+            lambda c: c[0], lambda c: (False, 2.0 * c[1]), (True, scan_once(p, x))
+        )[1],
+        {"w": 0},
+    ),
     "with a key in the carry": (
         lambda p, x: jax.lax.scan(
             lambda c, w: ((compose(c[0], w)[0], jax.random.split(c[1])[0]), None),

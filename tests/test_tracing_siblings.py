@@ -151,6 +151,29 @@ NOT_LAYERS = {
         lambda p, x: x + jax.nn.relu(x @ p["ffn"][0]) @ p["ffn"][1],
         {"ffn": float32(2, WIDTH, WIDTH)},
     ),
+    "the same beside a norm, in a block": (
+        lambda p, x: (
+            x
+            + jax.nn.relu((x * p["block"]["ln"]) @ p["block"]["ffn"][0] + p["block"]["bias"][0])
+            @ p["block"]["ffn"][1]
+            + p["block"]["bias"][1]
+        ),
+        {
+            "block": {
+                "ffn": float32(2, WIDTH, WIDTH),
+                "bias": float32(2, WIDTH),
+                "ln": float32(WIDTH),
+            }
+        },
+    ),
+    "the same in what is numbered by itself": (
+        lambda p, x: x + jax.nn.relu(x @ p["layers_0"]["ffn"][0]) @ p["layers_0"]["ffn"][1],
+        {"layers_0": {"ffn": float32(2, WIDTH, WIDTH)}},
+    ),
+    "the same beside a norm, in what names no layers": (
+        lambda p, x: (x * p["ln"] @ p["w"][0] + p["b"][0]) @ p["w"][1] + p["b"][1],
+        {"w": float32(2, WIDTH, WIDTH), "b": float32(2, WIDTH), "ln": float32(WIDTH)},
+    ),
     "a table of vectors": (
         lambda p, x: (x * p["table"][0] + p["table"][1]) * p["table"][2],
         {"table": float32(3, WIDTH)},
@@ -213,6 +236,26 @@ NOT_LAYERS = {
         {"codebooks": float32(3, 7, WIDTH)},
     ),
 }
+
+
+@pytest.mark.parametrize("path", ["layers", "layers/w", "transformer_blocks/mlp/w", "h/w", "w"])
+def test_two_layers_that_are_indexed(path):
+    """What has two of every tensor, or is named after layers, are layers."""
+    *containers, name = path.split("/")
+    weights = {name: float32(2, WIDTH, WIDTH)}
+    if path == "w":
+        weights["b"] = float32(2, WIDTH)
+
+    def forward(p, x):
+        for key in containers:
+            p = p[key]
+        for i in range(2):
+            x = jnp.tanh(x @ p[name][i]) + (p["b"][i] if "b" in p else 0)
+        return x
+
+    for key in reversed(containers):
+        weights = {key: weights}
+    assert layers_of(forward, weights)[path][1] == (0, 1)
 
 
 @pytest.mark.parametrize("name", NOT_LAYERS)

@@ -214,6 +214,18 @@ def test_map_params_and_extra_args():
     chex.assert_trees_all_equal_shapes(result, updates())
 
 
+@pytest.mark.parametrize("resolved", [False, True])
+def test_a_resolved_depth_of_what_is_not_there(resolved):
+    """As map_params asks for the state of no parameters, and where all is masked."""
+    depth = DEPTH.resolve(updates()) if resolved else DEPTH
+    tx = ds.adamw(0.1, depth=depth, where=lambda path, leaf: path == "last")
+    optax.tree.map_params(tx, lambda _: None, tx.init(updates()))
+    for masked in False, jax.tree.map(lambda _: False, updates()):
+        tx = optax.masked(ds.smooth_over_depth(0.2, depth=depth), masked)
+        result, _ = tx.update(updates(), tx.init(updates()))
+        chex.assert_trees_all_equal(result, updates())
+
+
 def test_vmap_over_models():
     """A leading axis that vmap maps is not there: depth stays where it was said to be."""
     trees = [updates(seed=seed) for seed in range(3)]
