@@ -34,7 +34,7 @@ class MonitorDepthState(NamedTuple):
 
 def monitor_depth(
     depth: Depth,
-    every: int = 1,
+    every: int | jax.Array = 1,
     *,
     name: str = "",
     by: By = "group",
@@ -79,8 +79,8 @@ def monitor_depth(
       >>> read_metrics(state)["layers"].cosines.tolist()
       [1.0, -1.0]
     """
-    is_whole = isinstance(every, int | np.integer) and not isinstance(every, bool) and every >= 1
-    if not is_whole and not isinstance(every, jax.Array):
+    is_number = isinstance(every, int | np.integer) and not isinstance(every, bool)
+    if not (is_number and every >= 1) and not isinstance(every, jax.Array):
         raise ValueError(f"every is {every!r}, but has to be a whole number of updates, 1 or more.")
     if not isinstance(name, str):
         raise ValueError(f"name is {name!r}, but has to be a string.")
@@ -116,7 +116,7 @@ def monitor_depth(
 
         metrics = (
             measure()
-            if is_whole and every == 1
+            if is_number and every == 1
             else jax.lax.cond(count % every == 0, measure, lambda: before)
         )
         return updates, MonitorDepthState(optax.safe_increment(count), metrics)

@@ -347,10 +347,10 @@ def _level_of_numbers(pattern: str, paths: Sequence[str], shapes: Mapping[str, S
             for at in sorted((level, chosen))
         )
         stem, _ = numbered_key(lower)
-        is_rival = level in varying and stem and re.search(f"(^|/){re.escape(stem)}", pattern)
-        if level < chosen:
-            is_rival = not re.search(f"(^|/){re.escape(upper)}(/|$)", pattern)
-        if level != chosen and is_rival:
+        is_said = re.search(f"(^|/){re.escape(upper)}(/|$)", pattern) is not None
+        is_named = stem != "" and re.search(f"(^|/){re.escape(stem)}", pattern) is not None
+        is_below = level > chosen and level in varying and is_named
+        if is_below or (level < chosen and not is_said):
             raise ValueError(
                 f"{paths[0]} {shapes.get(paths[0], '')} has several numbers, and the rule "
                 f"{pattern!r} does not say which one tells layers, that in {upper!r} or that in "
