@@ -128,11 +128,15 @@ def _safe(compared: Sequence[tuple[Arm, Comparison]]) -> str:
     counts = [f"0 of {len(compared) - len(worse)} up to it"] if safe else []
     counts += [f"{sum(worse)} of {len(worse)}" + " above it" * bool(safe)] if worse else []
     advice = f"If you use it, keep α at {safe:g} or below" if safe else "Every α did harm"
-    kinds = collections.Counter(_kind(arm) for arm, one in compared if one.better)
+    better = collections.Counter(_kind(arm) for arm, one in compared if one.better)
     best = "No variant or scope was significantly better with any α."
-    if kinds:
-        [(kind, count)] = kinds.most_common(1)
-        best = f"Most often significantly better was {kind}, {count} times."
+    if better:
+        [(kind, count)] = better.most_common(1)
+        ours = [one for arm, one in compared if _kind(arm) == kind]
+        best = (
+            f"Significantly better was {kind} most often, {count} times of {len(ours)}, and worse "
+            f"{sum(one.worse for one in ours)} times."
+        )
     return (
         f"**{advice}.** Of the smoothed arms, {' and '.join(counts)} ended significantly worse "
         f"than their base optimizer, each at its best rate. {best}"

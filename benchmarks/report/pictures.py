@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -49,6 +50,8 @@ def draw(evidence: Sequence[Evidence], directory: pathlib.Path) -> list[str]:
     directory.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         if figure.axes:
+            entries = figure.axes[0].get_legend_handles_labels()
+            figure.legend(*entries, loc="outside upper center", ncols=len(NAMES), frameon=False)
             FigureCanvasAgg(figure)
             with replacing(directory / f"{name}.png") as file:
                 figure.savefig(file, format="png", dpi=110)
@@ -78,14 +81,14 @@ def _alpha(evidence: Sequence[Evidence]) -> Figure:
                 xlabel="α",
                 ylabel="final loss minus AdamW's",
             )
-            ax.legend(frameon=False, fontsize=9)
     return figure
 
 
 def _rates(evidence: Sequence[Evidence]) -> Figure:
-    figure = Figure(figsize=(5 * len(evidence), 4), layout="constrained")
-    for column, each in enumerate(evidence):
-        ax = figure.add_subplot(1, len(evidence), column + 1)
+    rows = math.ceil(len(evidence) / 3)
+    figure = Figure(figsize=(14, 4 * rows), layout="constrained")
+    for number, each in enumerate(evidence, 1):
+        ax = figure.add_subplot(rows, 3, number)
         for arm in each.study.compared("adamw", each.results):
             _draw(ax, arm.control if arm.alpha else "base", RATES, each.swept(arm))
         ax.set_xscale("log", base=2)
@@ -95,7 +98,6 @@ def _rates(evidence: Sequence[Evidence]) -> Figure:
             xlabel="learning rate, over the arm's best",
             ylabel="final held-out loss",
         )
-        ax.legend(frameon=False, fontsize=9)
     return figure
 
 
@@ -117,7 +119,6 @@ def _depth(evidence: Sequence[Evidence]) -> Figure:
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter("{x:g}")
         ax.set(title=task, xlabel="layers", ylabel="difference of final losses, each at its best")
-        ax.legend(frameon=False, fontsize=9)
     return figure
 
 
@@ -133,8 +134,6 @@ def _mechanism(evidence: Sequence[Evidence]) -> Figure:
             ax.set_title(f"{each.task}: {title}", fontsize=10)
             ax.set_xlabel("step")
             ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
-    entries = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*entries, loc="outside upper center", ncols=len(NAMES), frameon=False)
     return figure
 
 
