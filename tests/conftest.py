@@ -1,6 +1,7 @@
 """Eight host devices, and settings that every test shares."""
 
 import os
+import signal
 
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
@@ -12,6 +13,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import hypothesis
 import jax
 import pytest
+
+# What a shell runs in the background ignores Ctrl-C, as do its children: tests send it to theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The first example of each shape compiles: a deadline would time the compiler.
 hypothesis.settings.register_profile("depthsmooth", deadline=None, print_blob=True)

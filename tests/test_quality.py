@@ -277,7 +277,8 @@ def children(process):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-def test_killed_it_goes_on_and_a_result_can_be_repeated(tmp_path):
+def test_killed_it_goes_on_and_a_result_can_be_repeated(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of it
     path = tmp_path / "reversal.jsonl"
     quick = command("reversal", "--quick", "--workers", 1, "--out", tmp_path)
     process = subprocess.Popen(quick, cwd=ROOT, stderr=subprocess.DEVNULL)
