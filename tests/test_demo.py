@@ -1,6 +1,7 @@
 """The demo: what it promises a user who runs it, interrupts it, resumes it, or errs."""
 
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -224,6 +225,26 @@ def test_ctrl_c_before_the_first_run_leaves_nothing(corpus, tmp_path, monkeypatc
     assert main([*SMALL, "--text", str(corpus), "--out", out]) == 130
     assert "Interrupted. No run had finished" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_in_the_garbage_collector_is_not_lost(corpus, tmp_path, monkeypatch, capsys):
+    """JAX has a hook there, and what is raised in it is only printed."""
+
+    def interrupt(phase, info):
+        gc.callbacks.remove(interrupt)
+        signal.raise_signal(signal.SIGINT)
+
+    def run(*_):
+        gc.callbacks.append(interrupt)
+        gc.collect()
+        yield 1.0
+        raise AssertionError("it has gone on")
+
+    monkeypatch.setattr(Experiment, "run", run)
+    assert main([*SMALL, "--text", str(corpus), "--out", str(tmp_path / "out")]) == 130
+    assert "Interrupted. No run had finished" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(

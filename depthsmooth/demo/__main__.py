@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import os
 import pathlib
+import signal
 import sys
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Never
 
 try:
@@ -118,10 +120,10 @@ def _compare(experiment: Experiment, results: Results, alphas: Sequence[float], 
     ]
     missing = [run for run in wanted if run not in results.runs]
     total = len(missing) * experiment.config.steps
-    with tqdm.tqdm(total=total, unit="step", disable=not missing) as bar:
+    with tqdm.tqdm(total=total, unit="step", disable=not missing) as bar, _heeding() as heed:
         for arm, seed in missing:
             bar.set_description(f"seed {seed}, {_describe(arm)}")
-            results.add(_run(experiment, results, arm, seed, bar))
+            results.add(_run(experiment, results, arm, seed, bar, heed))
     summary = report.Report(results.runs, alphas, seeds)
     summary.save_pictures(results.path.parent)
     results.write(summary.findings())
@@ -134,12 +136,44 @@ def _compare(experiment: Experiment, results: Results, alphas: Sequence[float], 
     )
 
 
+@contextlib.contextmanager
+def _heeding() -> Iterator[Callable[[], None]]:
+    """Gives what raises KeyboardInterrupt after a Ctrl-C that was lost.
+
+    It is lost where it meets JAX's hook of the garbage collector, for hooks can't raise.
+    """
+    lost: list[int] = []
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        lost.append(number)
+        raise KeyboardInterrupt
+
+    def heed() -> None:
+        if lost:
+            raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield heed  # as in the background, where Ctrl-C is for others
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield heed
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _run(
-    experiment: Experiment, results: Results, arm: Arm, seed: int, bar: "tqdm.tqdm[Never]"
+    experiment: Experiment,
+    results: Results,
+    arm: Arm,
+    seed: int,
+    bar: "tqdm.tqdm[Never]",
+    heed: Callable[[], None],
 ) -> Run:
     """One run, told on the progress bar. A control takes its factor from its arm's run."""
     shrink = results.runs[Arm(arm.alpha), seed].shrink if arm.control else 1.0
     for outcome in experiment.run(arm, seed, shrink):
+        heed()
         if isinstance(outcome, Run):
             return outcome
         bar.set_postfix(loss=f"{outcome:.3f}", refresh=False)
