@@ -2,9 +2,9 @@
 
 What is certain is placed: siblings that a number and a name tell to be layers
 (``block_0``, ``layers/3``), and stacks in a container named after layers, along the one
-axis that all of its leaves agree on or that their metadata names. Stacks that are numbered
-blocks of such a container, as of Flax, which names it after what is scanned (``layers/layers_0``),
-take turns. What can be read in two ways is never guessed.
+axis that all of its leaves agree on or that their metadata names. Blocks that are
+numbered in such a container (``layers/layers_0``) take turns, for Flax names it after the loop
+that they are in. What can be read in two ways is never guessed.
 """
 
 from __future__ import annotations

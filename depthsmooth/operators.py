@@ -537,7 +537,7 @@ class _Number:
         if isinstance(value, int | float | np.floating | np.integer):
             is_strict = self._below or self._high == np.inf
             is_below = value < self._high if is_strict else value <= self._high
-            if math.isfinite(value) and value >= self._low and is_below:
+            if self._low <= value and is_below and math.isfinite(value):
                 return float(value)
             low = f"{self._low:g} {'<=' if self._low > -np.inf else '<'}"
             high = f"{'<' if is_strict else '<='} {self._high:g}"

@@ -103,7 +103,9 @@ def nodes_of(tree: optax.Params) -> list[tuple[str, jax.Array | None]]:
       [('wi', 1), ('wo', 2)]
     """
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked)
-    held = collections.Counter(keys[:end] for keys, _ in nodes for end in range(len(keys)))
+    boxes = {keys[:-1] for keys, _ in nodes if _is_of_box(keys)}
+    lengths = {len(box) for box in boxes}
+    held = collections.Counter(keys[:end] for keys, _ in nodes for end in lengths)
     return [
         (path_string(keys[:-1] if _is_of_box(keys) and held[keys[:-1]] == 1 else keys), node)
         for keys, node in nodes

@@ -333,7 +333,10 @@ def _numbered(
 
 
 def _level_of_numbers(pattern: str, paths: Sequence[str], shapes: Mapping[str, Shape]) -> int:
-    """The place in the paths of the key whose number tells layers apart: the first that varies."""
+    """The place in the paths of the key whose number tells layers apart: the first that varies.
+
+    Raises where another above it, or one that varies and that the pattern names, may be meant.
+    """
     levels = list(itertools.zip_longest(*(path.split("/") for path in paths), fillvalue=""))
     numbers = [{numbered_key(key)[1] for key in keys} for keys in levels]
     varying = [level for level, found in enumerate(numbers) if len(found) > 1]

@@ -469,13 +469,13 @@ class _Placing:
         """
         keys = self._paths[next(iter(leaves))].split("/")
         named = [at for at, key in enumerate(keys, 1) if is_layer_name(key)]
-        container = "/".join(keys[: named[-1]] if named else keys[:-1])
-        if named and not (keys[named[-1] - 1] == "h" or keys[named[-1] - 1].endswith("s")):
+        container = keys[: named[-1]] if named else keys[:-1]
+        if named and not (container[-1] == "h" or container[-1].endswith("s")):
             return False
         beside = {
             leaf
             for leaf, path in enumerate(self._paths)
-            if not container or path == container or path.startswith(f"{container}/")
+            if path.split("/")[: len(container)] == container
         }
         return beside <= pairs and (bool(named) or len(beside) > 1)
 

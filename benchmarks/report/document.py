@@ -81,9 +81,9 @@ def recommendation(evidence: Sequence[Evidence], found: Sequence[Claim]) -> str:
     advice = "it may be worth a try" if won[-1] else "if you can, do not bother with smoothing"
     lines = [
         f"**Retune the learning rate first; {advice}.** In {len(settings)} settings (a task and a "
-        f"base optimizer), every arm at its own best rate, it was significantly better than its "
-        f"base optimizer in {won[0]}, than shuffled layers in {won[1]}, and than base, shuffled "
-        f"layers and smaller step together in {won[2]}.",
+        f"base optimizer), the smoothed arm that other seeds had chosen, all at their best rates, "
+        f"was significantly better than its base optimizer in {won[0]}, than shuffled layers in "
+        f"{won[1]}, and than base, shuffled layers and smaller step together in {won[2]}.",
         *_as_a_smaller_step(evidence),
         _safe(_with_their_base(evidence)),
     ]
@@ -146,10 +146,10 @@ def _safe(compared: Sequence[tuple[Arm, Comparison]]) -> str:
 def _tallies(compared: Sequence[tuple[Arm, Comparison]]) -> str:
     """How often each α, variant and scope was better or worse than its base optimizer."""
     tallies: dict[str, list[Comparison]] = {}
-    for arm, one in compared:
-        tallies.setdefault(f"α = {arm.alpha:g}", []).append(one)
-    for arm, one in compared:
-        tallies.setdefault(_kind(arm), []).append(one)
+    names = [(f"α = {arm.alpha:g}", one) for arm, one in compared]
+    names += [(_kind(arm), one) for arm, one in compared]
+    for name, one in names:
+        tallies.setdefault(name, []).append(one)
     rows = [
         [name, str(sum(c.better for c in ours)), str(sum(c.worse for c in ours)), str(len(ours))]
         for name, ours in tallies.items()
@@ -390,7 +390,7 @@ _HOW = f"""\
 
 Each line in `benchmarks/results/quality/*.jsonl` is a run, with the command that repeats it;
 `python -m benchmarks.quality TASK` makes all that are missing, and `--help` says how long that
-took. Both need `python -m pip install -e ".[bench]"`. Rates from ¼ to 4 times the task's are tried
+took. They need `python -m pip install -e ".[bench]"`. Rates from ¼ to 4 times the task's are tried
 first, then those beyond an edge, down to {CANDIDATES[0]:g} and up to {CANDIDATES[-1]:g}, and those
 beside the best, on {SCREENING} seeds; the best and those beside it on all that tune. Losses above
 chance, as where training diverged, count as chance.

@@ -93,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.error(str(error))
     alphas = list(dict.fromkeys(given.alpha))
     try:
-        _compare(Experiment(config, corpus), results, alphas, given.seeds)
+        with _heeding() as heed:
+            _compare(Experiment(config, corpus), results, alphas, given.seeds, heed)
     except KeyboardInterrupt:
         kept = (
             f"The finished runs ({len(results.runs)}) are in {results.path}: add --resume to go on."
@@ -107,7 +108,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _compare(experiment: Experiment, results: Results, alphas: Sequence[float], seeds: int) -> None:
+def _compare(
+    experiment: Experiment,
+    results: Results,
+    alphas: Sequence[float],
+    seeds: int,
+    heed: Callable[[], None],
+) -> None:
     """Makes the runs that are missing, then reports."""
     train, validation = len(experiment.text.train), len(experiment.text.validation)
     print(f"Learning from {train:,} bytes, validating on {validation:,}. Smoothed over depth:\n")
@@ -120,7 +127,7 @@ def _compare(experiment: Experiment, results: Results, alphas: Sequence[float], 
     ]
     missing = [run for run in wanted if run not in results.runs]
     total = len(missing) * experiment.config.steps
-    with tqdm.tqdm(total=total, unit="step", disable=not missing) as bar, _heeding() as heed:
+    with tqdm.tqdm(total=total, unit="step", disable=not missing) as bar:
         for arm, seed in missing:
             bar.set_description(f"seed {seed}, {_describe(arm)}")
             results.add(_run(experiment, results, arm, seed, bar, heed))
