@@ -17,9 +17,21 @@ import pytest
 # What a shell runs in the background ignores Ctrl-C, as do its children: tests send it to theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The first example of each shape compiles: a deadline would time the compiler.
-hypothesis.settings.register_profile("depthsmooth", deadline=None, print_blob=True)
+# The first example of each shape compiles: a deadline would time the compiler. The same examples
+# each time, so that a change alone makes tests fail; other ones are searched nightly.
+hypothesis.settings.register_profile("depthsmooth", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("depthsmooth")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_quickly(request):
+    """Compiling is most of what tests take: it is done in full where digits and bits count."""
+    quickly = request.node.get_closest_marker("optimised") is None
+    with pytest.MonkeyPatch.context() as patch:
+        if quickly:
+            patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for processes that tests start
+        jax.config.update("jax_disable_most_optimizations", quickly)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -39,10 +39,9 @@ def undone(diff, script):
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory):
-    """What a script prints that has been compiled quickly, for it makes few steps."""
+    """What a script prints that makes few steps."""
     settings = {
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),

@@ -336,6 +336,7 @@ LENIENT = settings(
     ],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # to make one smaller may take long
 )
+AT_LENGTH = settings(LENIENT, max_examples=5000, derandomize=False, print_blob=True)
 
 
 @LENIENT
@@ -345,7 +346,7 @@ def test_no_step_is_wrong(step):
 
 
 @pytest.mark.nightly
-@settings(LENIENT, max_examples=5000)
+@AT_LENGTH
 @given(steps())
 def test_no_step_is_wrong_at_length(step):
     check_step(step)
@@ -388,7 +389,7 @@ def test_no_error_is_without_help(mistake):
 
 
 @pytest.mark.nightly
-@settings(LENIENT, max_examples=5000)
+@AT_LENGTH
 @given(mistakes())
 def test_no_error_is_without_help_at_length(mistake):
     check_mistake(mistake)

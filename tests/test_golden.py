@@ -25,6 +25,8 @@ import pytest
 import depthsmooth as ds
 from tests.golden import RECORD, SELECTION, TOLERANCE, Golden
 
+pytestmark = pytest.mark.optimised
+
 GOLDEN = {"selection": Golden(SELECTION)} | ({"record": Golden(RECORD)} if RECORD.exists() else {})
 VARIANTS = {
     "none": "standard",

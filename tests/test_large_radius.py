@@ -13,7 +13,7 @@ import depthsmooth as ds
 from depthsmooth.stencil import Stencil, apply, exists, join, matrix_of
 from tests.test_tracks import laid_out, random_stencil
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.optimised]
 
 
 def lowered(layers, radius):

@@ -15,12 +15,7 @@ from depthsmooth import plot
 
 ROOT = pathlib.Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SETTINGS = {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": "",
-}
+SETTINGS = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
 STRICT = """
 import warnings
 warnings.simplefilter("error")

@@ -11,7 +11,7 @@ from depthsmooth import window
 from depthsmooth.stencil import Stencil, apply
 from tests import reference
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.optimised]
 
 DTYPES = {
     "bfloat16": 1e-2,

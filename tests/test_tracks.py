@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import depthsmooth as ds
 from depthsmooth.stencil import Stencil, apply, exists, join
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.optimised]
 
 
 def random_stencil(layers, radius, seed):
@@ -68,7 +68,6 @@ def laid_out(draw):
     return stack, arrays, axes, held
 
 
-@settings(max_examples=300)
 @given(
     layout=laid_out(),
     radius=st.integers(1, 3),

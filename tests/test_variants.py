@@ -102,7 +102,7 @@ def test_one_rounding_at_the_end(variant, dtype):
     layout=laid_out(),
     variant=st.sampled_from(["norm_preserving", "directional"]),
     norm_over=st.sampled_from(["tensor", "block"]),
-    alpha=st.floats(0, 0.99),
+    alpha=st.floats(0, 0.49) | st.floats(0.51, 0.99),  # at 0.5, two of ∓1 cancel ±1
     scale=st.sampled_from([1e-12, 1.0, 1e12]),
 )
 def test_every_layer_keeps_its_norm_in_every_layout(layout, variant, norm_over, alpha, scale):
@@ -129,17 +129,19 @@ def test_every_layer_keeps_its_norm_in_every_layout(layout, variant, norm_over, 
             assert (np.abs(mine - theirs) <= 1e-4 * size).all()
 
 
-@given(
-    name=st.sampled_from(sorted(OPERATORS)),
-    a=st.floats(-3, 3),
-    seeds=st.tuples(*[st.integers(0, 9)] * 2),
-)
-def test_operators_are_linear(name, a, seeds):
-    tx = make("standard", OPERATORS[name], depth=DEPTH)
-    one, two = (layers(seed) for seed in seeds)
-    combined = updated(tx, jax.tree.map(lambda x, y: jnp.float32(a) * x + y, one, two))
-    apart = jax.tree.map(lambda x, y: jnp.float32(a) * x + y, updated(tx, one), updated(tx, two))
-    chex.assert_trees_all_close(combined, apart, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operators_are_linear(operator):
+    tx = make("standard", OPERATORS[operator], depth=DEPTH)
+    smooth = jax.jit(lambda tree: tx.update(tree, tx.init(tree))[0])
+
+    @given(a=st.floats(-3, 3), seeds=st.tuples(*[st.integers(0, 9)] * 2))
+    def is_linear(a, seeds):
+        one, two = (layers(seed) for seed in seeds)
+        combined = smooth(jax.tree.map(lambda x, y: jnp.float32(a) * x + y, one, two))
+        apart = jax.tree.map(lambda x, y: jnp.float32(a) * x + y, smooth(one), smooth(two))
+        chex.assert_trees_all_close(combined, apart, rtol=1e-4, atol=1e-4)
+
+    is_linear()
 
 
 @pytest.mark.parametrize("variant", ["norm_preserving", "directional", "shrunk"])
