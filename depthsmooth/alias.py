@@ -67,6 +67,10 @@ def sgd(
       >>> tx = sgd(1.0, alpha=0.5, depth=Depth.from_rules({"layers": 0}))
       >>> tx.update(params, tx.init(params))[0]["layers"].tolist()
       [-1.0, -2.0, -1.0]
+
+    References:
+      Sutskever, Martens, Dahl, Hinton, `On the importance of initialization and momentum
+      in deep learning <https://proceedings.mlr.press/v28/sutskever13.html>`_, 2013.
     """
     return optax.chain(
         optax.identity()
@@ -212,6 +216,10 @@ def lion(
       >>> tx = lion(1.0, weight_decay=0.5, alpha=0.5, depth=depth)
       >>> tx.update(params, tx.init(params), params)[0]["layers"].tolist()
       [-0.25, -2.5, -0.25]
+
+    References:
+      Chen et al., `Symbolic Discovery of Optimization Algorithms
+      <https://arxiv.org/abs/2302.06675>`_, 2023.
     """
     return optax.chain(
         optax.scale_by_lion(b1, b2, mu_dtype),

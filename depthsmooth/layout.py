@@ -381,6 +381,11 @@ class Depth(Mapping[str, Place]):
 
         Returns:
           The text. Rules that are not resolved are in it as such.
+
+        Example:
+          >>> depth = Depth.from_rules({"layers/.*": 0})
+          >>> Depth.from_json(depth.to_json()) == depth
+          True
         """
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
 

@@ -342,6 +342,11 @@ def diffusion(time: optax.ScalarOrSchedule) -> Operator:
       array([[0.801, 0.176, 0.023],
              [0.176, 0.648, 0.176],
              [0.023, 0.176, 0.801]])
+
+    References:
+      Strang, `The Discrete Cosine Transform
+      <https://doi.org/10.1137/S0036144598336745>`_, 1999 (its waves are eigenvectors of
+      the Laplacian of a path).
     """
     lasting = _Number("time", time, 0)
 

@@ -46,7 +46,14 @@ class Place:
     shards: int = 1
 
     def on_devices_of(self, leaf: object) -> Place:
-        """The place with the shards of a leaf, if these are known."""
+        """The place with the shards of a leaf, if these are known.
+
+        Args:
+          leaf: an array or anything with a sharding.
+
+        Returns:
+          The place, with ``shards`` set.
+        """
         known = [shards_along(leaf, axis) for axis in self.axes]
         shards = [count for count in known if count is not None]
         if not shards or len(shards) < len(known):
@@ -60,7 +67,14 @@ class Place:
         return self.layers[0]
 
     def layer_shape(self, shape: Shape) -> Shape:
-        """The shape of the tensor in one layer."""
+        """The shape of the tensor in one layer.
+
+        Args:
+          shape: of the leaf.
+
+        Returns:
+          It without the depth axes.
+        """
         return tuple(size for axis, size in enumerate(shape) if axis not in self.axes)
 
 

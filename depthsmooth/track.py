@@ -183,7 +183,14 @@ class Track:
         return self.runs_between(())
 
     def runs_between(self, cuts: Sequence[int]) -> tuple[int, ...]:
-        """The same if a run also ends before each of these layers."""
+        """The same if a run also ends before each of these layers.
+
+        Args:
+          cuts: layers, counted among all of the group.
+
+        Returns:
+          The number of layers of each run, in order.
+        """
         ends = [
             k
             for k, (a, b) in enumerate(itertools.pairwise(self.present), 1)

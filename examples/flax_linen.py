@@ -46,7 +46,7 @@ class Transformer(nn.Module):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--alpha", type=float, default=0.2, help="0 smooths nothing")
+    parser.add_argument("--alpha", type=float, default=0.1, help="0 smooths nothing")
     args = parser.parse_args()
 
     text = np.frombuffer(pathlib.Path(argparse.__file__).read_bytes(), np.uint8)

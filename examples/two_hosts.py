@@ -90,7 +90,7 @@ def start_both():
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--alpha", type=float, default=0.2, help="0 smooths nothing")
+    parser.add_argument("--alpha", type=float, default=0.1, help="0 smooths nothing")
     parser.add_argument("--process", type=int, help="0 or 1, if hosts are started one by one")
     parser.add_argument("--coordinator", help="then, the first one's address:port")
     args = parser.parse_args()
