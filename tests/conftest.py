@@ -18,7 +18,8 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The first example of each shape compiles: a deadline would time the compiler. The same examples
-# each time, so that a change alone makes tests fail; other ones are searched nightly.
+# each time, so that a change alone makes tests fail; others by --hypothesis-profile search.
+hypothesis.settings.register_profile("search", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("depthsmooth", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("depthsmooth")
 

@@ -15,6 +15,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx, serialization
+from flax.training.train_state import TrainState
 
 import depthsmooth as ds
 from tests import resumed
@@ -190,6 +191,26 @@ def test_smoothing_is_added_to_a_run_and_removed(within):
     updates, new = after.update(last, new, PARAMS)
     chex.assert_trees_all_close(updates, expected, rtol=1e-5)
     chex.assert_trees_all_equal(carry_over(new, before), old)
+
+
+def test_smoothing_is_added_to_a_checkpoint(tmp_path):
+    """Orbax reads it with the old optimizer, and the new one goes on in a TrainState."""
+    fresh, train_step, batches = resumed.start(plain)
+    resumed.train(tmp_path, fresh, train_step, batches[:7])
+    read = resumed.train(tmp_path, fresh, None, batches[:6])  # all of which is in the checkpoint
+    chex.assert_trees_all_equal(read, trained(fresh, train_step, batches[:6]))
+    params = read["params"]
+    depth = ds.trace_depth(resumed.loss, params, batches[0])
+    state = TrainState(6, None, params, plain(depth), read["opt_state"])
+    tx = ds.adamw(1e-2, alpha=0.3, depth=depth)
+    over = run(CARRY_OVER)["carry_over"]
+    smoothed = state.replace(tx=tx, opt_state=over(state.opt_state, tx.init(params)))
+    grads = jax.grad(resumed.loss)(params, batches[6])
+    after, mixed = (each.apply_gradients(grads=grads) for each in (state, smoothed))
+    chex.assert_trees_all_equal(mixed.opt_state[0], after.opt_state[0])
+    chex.assert_trees_all_equal(mixed.params["head"], after.params["head"])
+    assert (mixed.params["layers"] != after.params["layers"]).any()
+    assert mixed.opt_state[1].count == 1
 
 
 def test_smoothing_is_added_to_an_nnx_optimizer():

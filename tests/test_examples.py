@@ -56,6 +56,7 @@ def printed(tmp_path_factory):
             capture_output=True,
             text=True,
             check=False,
+            timeout=600,
         )
         assert ran.returncode == 0, ran.stderr
         return ran.stdout
