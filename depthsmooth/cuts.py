@@ -55,7 +55,8 @@ def of_groups(
     for name, positions in of_group.items():
         if name not in names:
             raise ValueError(
-                f"cuts has a group {name!r}, but the groups are {', '.join(map(repr, names))}."
+                f"cuts has a group {name!r}, but the groups are {', '.join(map(repr, names))}. "
+                "Name one of these, or leave it out."
             )
         if name in sizes and max(positions, default=0) >= sizes[name]:
             raise ValueError(

@@ -253,8 +253,9 @@ class Depth(Mapping[str, Place]):
                     "True or False, from the path, the shape and the dtype alone."
                 )
         if selected and not any(selected.values()):
+            offered = some(f"{path} {shape_of(arrays[path])}" for path in selected)
             raise ValueError(
-                f"where selects none of the leaves that have a place in depth: {some(selected)}. "
+                f"where selects none of the leaves that have a place in depth: {offered}. "
                 "To smooth nothing, use Depth.from_rules({})."
             )
         return Depth(

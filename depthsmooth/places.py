@@ -52,7 +52,7 @@ class Place:
           leaf: an array or anything with a sharding.
 
         Returns:
-          The place, with ``shards`` set.
+          The place with ``shards`` set; where they are not known, as it is.
         """
         known = [shards_along(leaf, axis) for axis in self.axes]
         shards = [count for count in known if count is not None]

@@ -1,8 +1,8 @@
 """find_depth: no wrong leaf on real parameter trees, and a remedy wherever it abstains.
 
-``tests/data/trees.json`` holds the parameter trees of 45 models of other projects, each leaf with
-its path, shape, axis names, and, where it is depth, its group, its axes, and its layer (or its
-place in a repeating pattern of layers).
+``tests/data/trees.json`` holds 45 parameter trees, of models of other projects, of small ones of
+each framework, and four written down from sources: each leaf with its path, shape, axis names, and,
+where it is depth, its group, its axes, and its layer (or its place in a repeating pattern).
 """
 
 import json

@@ -130,14 +130,14 @@ def interleaved(draw, count, tensors):
 
 def in_sequence(draw, count, tensors):
     """Stacks one after another."""
-    first = draw(st.integers(1, count - 1)) if count > 1 else 1
-    held = {"early": range(first), "late": range(first, count)} if count > 1 else {"early": [0]}
+    early = draw(st.integers(1, count))
+    held = {"early": early} | ({"late": count - early} if early < count else {})
     group = Group({name: {} for name in held}, {}, {})
     for name, (shape, dtype) in tensors.items():
         group.layers[name] = []
         for container, layers in held.items():
-            group.tree[container][name] = values(draw, (len(layers), *shape), dtype)
-            group.layers[name] += [(f"{container}/{name}", (k,)) for k in range(len(layers))]
+            group.tree[container][name] = values(draw, (layers, *shape), dtype)
+            group.layers[name] += [(f"{container}/{name}", (k,)) for k in range(layers)]
 
     def rule(path):
         containers = [re.escape(path + container) for container in held]
@@ -153,7 +153,7 @@ def divided(draw, count):
 
 
 SHAPES = [(), (2,), (1,), (0,), (3, 2), (2, 1), (0, 2)]
-"""Of tensors: few, for each is compiled, with layers as many as features."""
+"""Of tensors: few, for each is compiled; some have as many features as there are layers."""
 
 
 @st.composite
@@ -471,7 +471,9 @@ def at_leaf(draw, kind, tree, rules, path):
         rule = draw(st.sampled_from([None, "0", 1.5, True, {"axis": 0}]))
         return Mistake(tree, {pattern: rule}, (repr(pattern), repr(rule)), "like 0 or -1")
     where = {"where": lambda path, leaf: False}
-    return Mistake(tree, rules, ("model/",), "To smooth nothing, use", where)
+    first = next(iter(ds.Depth.from_rules(rules).resolve(tree)))
+    shown = f"{first} {arrays_of(tree)[first].shape}"
+    return Mistake(tree, rules, (shown,), "To smooth nothing, use", where)
 
 
 def beside(draw, kind, tree, rules):

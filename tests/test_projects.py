@@ -133,14 +133,14 @@ def test_big_vision(monkeypatch):
     unused = "tensorflow", "tensorflow.io", "tensorflow.io.gfile", "einops", "ml_collections"
     module = with_stand_ins(monkeypatch, "big_vision.optax", *unused)
     config = Config(lr=1e-3, optax_name="scale_by_adam", schedule={"decay_type": "cosine"})
-    changed = Config(config)
+    ours = Config(config)
     rules = rules_of("big_vision")[0]["unrolled"]
-    exec(PYTHON.findall(SECTIONS["big_vision"])[1], {"config": changed, "unrolled": rules})
+    exec(PYTHON.findall(SECTIONS["big_vision"])[1], {"config": ours, "unrolled": rules})
     params = zeros(tree_of("bigvision_vit_unrolled_tok", boxed=False)["params"])
     assert_smoothed(
         *(
             lambda config=config: module.make(config, params, sched_kw={"total_steps": 10})[0]
-            for config in (changed, config)
+            for config in (ours, config)
         ),
         rules,
         params,
@@ -220,12 +220,14 @@ def test_tunix_trains():
         num_kv_heads=2, rope_theta=10_000, norm_eps=1e-6, use_tied_embedding=False,
     )  # fmt: skip
     model = qwen2.Qwen2(config, rngs=nnx.Rngs(0))
-    rules = rules_of("tunix")[0]["layers"]
-    depth = ds.Depth.from_rules(rules).resolve(nnx.state(model, nnx.Param))
-    assert list(depth.groups.values()) == [3]
-    tx = ds.adamw(1e-3, depth=ds.Depth.from_rules(rules))
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    optimizer.update(model, gradients(nnx.state(model, nnx.Param)))
+    rules, params = rules_of("tunix")[0]["layers"], nnx.state(model, nnx.Param)
+    assert list(ds.Depth.from_rules(rules).resolve(params).groups.values()) == [3]
+    tx = ds.adamw(1e-3, weight_decay=0.0, depth=ds.Depth.from_rules(rules))
+    assert_smoothed(lambda: tx, lambda: optax.adamw(1e-3, weight_decay=0.0), rules, params)
+    updates, _ = tx.update(gradients(params), tx.init(params), params)
+    expected = optax.apply_updates(params, updates)
+    nnx.Optimizer(model, tx, wrt=nnx.Param).update(model, gradients(params))
+    chex.assert_trees_all_close(nnx.state(model, nnx.Param), expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("schedule", ["cosine_decay_schedule", None])
@@ -284,7 +286,11 @@ def test_hugging_face_flax():
     depth = ds.Depth.from_rules(rules_of("Hugging Face Flax")[0]["gpt2"]).resolve(model.params)
     assert list(depth.groups.values()) == [4]
     assert {path for path in depth if "/h/" not in path} == set()
-    tx = ds.adamw(1e-3, depth=depth)
+    tx = ds.adamw(1e-3, weight_decay=0.0, depth=depth)
+    plain = optax.adamw(1e-3, weight_decay=0.0)
+    assert_smoothed(
+        lambda: tx, lambda: plain, rules_of("Hugging Face Flax")[0]["gpt2"], model.params
+    )
     state = TrainState.create(apply_fn=model.__call__, params=model.params, tx=tx)
 
     def loss(params, ids):

@@ -246,7 +246,7 @@ def test_cuts_count_layers_that_are_masked():
         ((1.5,), r"A cut is at 1\.5"),
         ({"layers/.*": (-1,)}, r"A cut is at -1"),
         ((2, 5), r"a cut at 5, but the group 'layers/\.\*' has the layers 0 to 4"),
-        ({"layer": (1,)}, r"cuts has a group 'layer', but the groups are 'layers/\.\*'"),
+        ({"layer": (1,)}, r"cuts has a group 'layer', but the groups are 'layers/\.\*'\. Name"),
     ],
 )
 def test_refuses_cuts_that_are_not_there(cuts, message):
