@@ -523,9 +523,12 @@ def mistakes(draw):
     }
     kind = draw(st.sampled_from(list(kinds)))
     if kind == "nothing":
-        pattern = draw(st.sampled_from(["nowhere/.*", re.escape(prefix + layers[0][0][:-1])]))
-        named = repr(pattern), "model/"  # of the leaves, those that come first
-        return Mistake(tree, rules | {pattern: 0}, named, "Correct it")
+        leaf = prefix + layers[0][0]
+        shown = f"{leaf} {arrays_of(tree)[leaf].shape}"
+        # Of many leaves those are listed that are most like the pattern.
+        pattern, listed = draw(st.sampled_from([("nowhere/.*", ""), (re.escape(leaf[:-1]), shown)]))
+        remedy = r"the leaves are \S.* \([\d, ]*\).*Correct it"
+        return Mistake(tree, rules | {pattern: 0}, (repr(pattern), listed), remedy)
     if kind == "pattern":
         return Mistake(tree, {"(": 0}, ("'('",), "a pattern for the whole path")
     if kind == "cut":
