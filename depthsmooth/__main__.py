@@ -117,7 +117,7 @@ def _remedy(error: ValueError, rules: pathlib.Path | None) -> str:
     file = rules if rules and rules.suffix != ".json" else pathlib.Path("rules.toml")
     if not isinstance(error, AmbiguousDepthError):
         return (
-            f"On this command line: --rules {file}, a file with a line like '.*/layers/.*' = 0; or "
+            f"On this command line: --rules {file}, a file with a line like '.*layers/.*' = 0; or "
             "give module:function, a function that returns the Depth of trace_depth."
         )
     lines = "\n".join(write_rules(error.readings))

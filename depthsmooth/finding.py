@@ -147,7 +147,7 @@ def find_depth(params: optax.Params, *, metadata: bool = True, known: Depth | No
         raise DepthNotFoundError(
             f"Nothing in the tree is certain to be layers; it has {some(named(shapes))}. Let "
             "trace_depth(fn, params, batch) follow the parameters through the forward pass, or "
-            "say where depth is with Depth.from_rules({'.*/layers/.*': axis})."
+            "say where depth is with Depth.from_rules({'.*layers/.*': axis})."
         )
     copies = collections.Counter(leaf.path for leaf in leaves)
     for path, array, _ in arrays:
@@ -240,6 +240,9 @@ class _Search:
             return False
         found = _named_axes(node, marked) if marked else _common_axes(node)
         if found is None:
+            if is_layer_name(name) and _lacks_norms(node):
+                # The bias of a projection onto several heads has two axes, too, without a stack.
+                self._doubt_stack(node, "it may be stacked, but no norm tells", grave=False)
             return False
         dealt = _dealt(node)
         if isinstance(found, str) or isinstance(dealt, str):
@@ -264,7 +267,7 @@ class _Search:
         readings = ("numbered()",) if can_be else ()
         self.doubts.append(_Doubt(family.pattern, leaves[0], why, readings, grave))
 
-    def _doubt_stack(self, node: Node, why: str) -> None:
+    def _doubt_stack(self, node: Node, why: str, grave: bool = True) -> None:
         norms = {len(leaf.shape) for leaf in node.leaves if leaf.is_norm}
         agreed = [
             axis
@@ -277,7 +280,7 @@ class _Search:
             rules = [f"interleaved({rule})" for rule in rules]
         pattern = f"{re.escape(node.path)}/.*" if node.path else ".*"
         leaf = min(node.leaves, key=lambda leaf: not leaf.is_norm)
-        self.doubts.append(_Doubt(pattern, leaf, why, tuple(rules)))
+        self.doubts.append(_Doubt(pattern, leaf, why, tuple(rules), grave))
 
     def doubt_the_left(self, root: Node) -> None:
         """Norms with more than one axis, and axes named layers, that nothing accounts for."""
@@ -331,7 +334,6 @@ def _common_axes(node: Node) -> dict[str, Axes] | str | None:
     if not vectors or min(vectors) == 1:
         return None
     if not norms:
-        # The bias of a projection onto several heads has two axes, without a stack.
         return None
     if len(norms) > 1 or min(vectors) > 2:
         return "it is stacked along several axes, whose order the tree does not tell"
@@ -344,6 +346,17 @@ def _common_axes(node: Node) -> dict[str, Axes] | str | None:
     if len(candidates) != 1:
         return "it is stacked, but more than one axis could be the layers"
     return candidates[0]
+
+
+def _lacks_norms(node: Node) -> bool:
+    """Whether all leaves have an axis of one size in common, vectors too, and none is a norm's."""
+    axes = range(min(len(leaf.shape) for leaf in node.leaves))
+    return (
+        any(leaf.is_vector and not are_beside(leaf.keys) for leaf in node.leaves)
+        and not any(leaf.is_norm for leaf in node.leaves)
+        and any(len({leaf.shape[axis] for leaf in node.leaves}) == 1 for axis in axes)
+        and all(len(leaf.shape) > 1 for leaf in node.leaves)
+    )
 
 
 def _named_axes(node: Node, marked: Sequence[Known]) -> dict[str, Axes] | str | None:

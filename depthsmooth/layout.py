@@ -93,7 +93,7 @@ class Depth(Mapping[str, Place]):
         if not isinstance(rules, Mapping):
             raise ValueError(
                 f"The rules are {rules!r}, but have to map patterns to axes, like "
-                "{'.*/layers/.*': 0}."
+                "{'.*layers/.*': 0}."
             )
         known = [(pattern, rules_.as_rule(pattern, rule)) for pattern, rule in rules.items()]
         return cls(rules=tuple(known))

@@ -147,7 +147,7 @@ def as_rule(pattern: object, rule: object) -> Rule:
     if not known:
         raise ValueError(
             f"The rule {pattern!r} is no regular expression. A rule is a pattern for the whole "
-            "path of a leaf, like '.*/layers/.*'."
+            "path of a leaf, like '.*layers/.*'."
         )
     if not isinstance(rule, Rule):
         return Rule(_axes(rule, pattern))

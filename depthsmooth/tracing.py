@@ -142,7 +142,7 @@ def _nothing_found(
         f"No parameter, like {paths[0]} {shape_of(leaves[0])}, certainly holds layers that this "
         "function composes, in a loop or as numbered siblings one after another. "
         f"{' '.join([*reasons[:4], ''])}If there are layers, say where: "
-        "Depth.from_rules({'.*/layers/.*': axis}) if they are stacked, "
+        "Depth.from_rules({'.*layers/.*': axis}) if they are stacked, "
         "Depth.from_rules({'.*block_.*': numbered()}) if each has leaves of its own."
     )
 

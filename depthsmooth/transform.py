@@ -291,7 +291,7 @@ def _over_depth(
     if not isinstance(depth, Depth | None):
         raise ValueError(
             f"depth is a {type(depth).__name__}, but has to be a Depth: from "
-            "trace_depth(loss_fn, params, batch), or from Depth.from_rules({'.*/layers/.*': 0})."
+            "trace_depth(loss_fn, params, batch), or from Depth.from_rules({'.*layers/.*': 0})."
         )
     if norm_over not in ("tensor", "block"):
         raise ValueError(f"norm_over is {norm_over!r}, but has to be 'tensor' or 'block'.")

@@ -32,6 +32,8 @@ def compiled_quickly(request):
         if quickly:
             patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for processes that tests start
         jax.config.update("jax_disable_most_optimizations", quickly)
+        if not quickly:
+            jax.clear_caches()  # of what other modules have compiled
         yield
 
 

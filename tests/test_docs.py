@@ -132,6 +132,15 @@ def test_every_public_name_has_its_place_in_the_api():
     assert collections.Counter(names) == collections.Counter(public)
 
 
+def test_every_operator_is_in_the_table():
+    names = re.findall(
+        r"^::: depthsmooth\.(.*)$", (DOCS / "api" / "operators.md").read_text(), re.M
+    )
+    table = re.findall(r"^\| .*", (DOCS / "operators.md").read_text(), re.M)
+    for name in set(names) - {"operator_matrix"}:
+        assert any(f"ds.{name}(" in row.split("|")[1] for row in table), name
+
+
 def modules():
     """The summary of each module, and the modules that it imports, by their paths."""
     package = ROOT / "depthsmooth"

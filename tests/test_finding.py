@@ -332,6 +332,17 @@ def test_parts_of_a_block_that_are_named_layers():
         assert len(depth) == len(jax.tree.leaves(params))
 
 
+def test_a_stack_that_no_norm_tells_is_offered_and_not_taken():
+    stack = {"up": jnp.ones((12, 8, 16)), "down": jnp.ones((12, 16, 8)), "bias": jnp.ones((12, 16))}
+    with pytest.raises(
+        AmbiguousDepthError, match=r"layers/bias \(12, 16\).* no norm tells"
+    ) as raised:
+        find_depth({"layers": stack})
+    assert raised.value.readings == {"layers/.*": ("0",)}
+    depth = find_depth({"layers": stack} | {f"block_{i}": block() for i in range(3)})
+    assert {place.group for place in depth.values()} == {"block_*"}
+
+
 NOT_LAYERS = {
     "experts that are stacked": {
         "moe_layer": {

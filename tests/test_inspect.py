@@ -461,7 +461,7 @@ def test_absent_depth(module, run):
     status, out, err = run("model:head")
     assert (status, out) == (1, "")
     assert "Nothing in the tree is certain to be layers; it has head (3,)." in err
-    assert "a line like '.*/layers/.*' = 0" in err
+    assert "a line like '.*layers/.*' = 0" in err
 
 
 RULES = {

@@ -19,6 +19,8 @@ import depthsmooth as ds
 from benchmarks import hlo
 from depthsmooth import stencil
 
+pytestmark = pytest.mark.optimised
+
 LAYERS, STAGES = 8, 4
 VARIANTS = ["standard", "norm_preserving", "directional", "shrunk"]
 MODES = ["auto", "explicit", "manual"]
