@@ -304,5 +304,5 @@ def test_hugging_face_flax():
     after = step(jax_utils.replicate(state), jnp.ones((devices, 1, 8), int))
     gradients = jax.grad(loss)(state.params, jnp.ones((1, 8), int))
     alone = state.apply_gradients(grads=gradients).params
-    chex.assert_trees_all_close(jax_utils.unreplicate(after).params, alone, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(jax_utils.unreplicate(after).params, alone, rtol=0, atol=2e-5)
     assert after.step.tolist() == [1] * devices
