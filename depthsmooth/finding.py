@@ -331,9 +331,7 @@ def _common_axes(node: Node) -> dict[str, Axes] | str | None:
     telling = [leaf for leaf in leaves if not are_beside(leaf.keys)]
     norms = {len(leaf.shape) for leaf in telling if leaf.is_norm}
     vectors = {len(leaf.shape) for leaf in telling if leaf.is_vector}
-    if not vectors or min(vectors) == 1:
-        return None
-    if not norms:
+    if not norms or min(vectors) == 1:
         return None
     if len(norms) > 1 or min(vectors) > 2:
         return "it is stacked along several axes, whose order the tree does not tell"
