@@ -22,6 +22,7 @@ NOT_FOUND, WRONG, INTERRUPTED = 1, 2, 130
 EXAMPLES = """examples:
   python -m depthsmooth inspect checkpoints/1000/default --subtree params
   python -m depthsmooth inspect model.safetensors --explain model/layers/3/mlp/weight
+  python -m depthsmooth inspect flax_model.msgpack --rules rules.toml
   python -m depthsmooth inspect train:shapes --json > depth.json
 
 where train.py has, say,
@@ -38,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
         help="show where depth is",
-        description="Shows where depth is, from paths and shapes alone: no weight is loaded.",
+        description="Shows where depth is, from paths and shapes alone: no weight is loaded.\nThe "
+        "arrays of a .msgpack are passed over one at a time.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -46,16 +48,18 @@ def parser() -> argparse.ArgumentParser:
     add(
         "target",
         metavar="TARGET",
-        help="a directory that Orbax wrote; a .npz or .safetensors file; or module:function, "
-        "which returns arrays, their shapes, or a Depth",
+        help="a directory that Orbax wrote; a .npz, .msgpack (of Flax) or .safetensors file; a "
+        "directory of .safetensors files, or their index; or module:function, which returns "
+        "arrays, their shapes, or a Depth",
     )
     add("--subtree", metavar="PATH", help="only what is below, like params in a train state")
     add(
         "--rules",
         metavar="FILE",
         type=pathlib.Path,
-        help="say where depth is, where names do not: TOML with lines like 'layers/.*' = 0, "
-        "or .json as depth.to_json() writes it",
+        help="say where depth is, where names do not: TOML with lines like 'layers/.*' = 0, or "
+        "'block_(\\d+)/.*' = \"numbered()\" (with the quotes), or .json as depth.to_json() writes "
+        "it",
     )
     output = inspect.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON, for Depth.from_json")
@@ -117,8 +121,9 @@ def _remedy(error: ValueError, rules: pathlib.Path | None) -> str:
     file = rules if rules and rules.suffix != ".json" else pathlib.Path("rules.toml")
     if not isinstance(error, AmbiguousDepthError):
         return (
-            f"On this command line: --rules {file}, a file with a line like '.*layers/.*' = 0; or "
-            "give module:function, a function that returns the Depth of trace_depth."
+            f"On this command line: --rules {file}, a file with a line like '.*layers/.*' = 0, or "
+            "'.*block_(\\d+)/.*' = \"numbered()\" where each layer has leaves of its own; or give "
+            "module:function, a function that returns the Depth of trace_depth."
         )
     lines = "\n".join(write_rules(error.readings))
     where = f"add to {file}" if file == rules else f"put into {file}"

@@ -3,24 +3,47 @@
 # No postponed annotations: Optax reads from them which arguments may be schedules.
 
 import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec
 
 import jax
 import optax
 
 from depthsmooth.cuts import Cuts
-from depthsmooth.layout import Depth, Where
+from depthsmooth.layout import Depth, Where, refuse_depths
 from depthsmooth.mesh import AxisName
 from depthsmooth.orthogonal import (
     Coefficients,
     DimensionNumbers,
     Mask,
     Preconditioning,
+    function_of,
     muon_over_depth,
     scale_by_neuron,
 )
 from depthsmooth.transform import NormOver, Variant, smooth_over_depth
 
+Arguments = ParamSpec("Arguments")
 
+
+def _with_depth_by_name(
+    optimizer: Callable[Arguments, optax.GradientTransformationExtraArgs],
+) -> Callable[Arguments, optax.GradientTransformationExtraArgs]:
+    """An optimizer that takes a Depth by its name alone: nearly anything may be a number of it."""
+    names = list(inspect.signature(optimizer).parameters)
+
+    @functools.wraps(optimizer)
+    def checked(
+        *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> optax.GradientTransformationExtraArgs:
+        refuse_depths(optimizer.__name__, dict(zip(names, args, strict=False)) | kwargs)
+        return optimizer(*args, **kwargs)
+
+    return checked
+
+
+@_with_depth_by_name
 def sgd(
     learning_rate: optax.ScalarOrSchedule,
     momentum: jax.typing.ArrayLike | None = None,
@@ -89,6 +112,7 @@ def sgd(
     )
 
 
+@_with_depth_by_name
 def adamw(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.9,
@@ -161,11 +185,12 @@ def adamw(
             cuts=cuts,
             axis_name=axis_name,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
+        optax.add_decayed_weights(weight_decay, function_of(mask)),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
+@_with_depth_by_name
 def lion(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.9,
@@ -232,11 +257,12 @@ def lion(
             cuts=cuts,
             axis_name=axis_name,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
+        optax.add_decayed_weights(weight_decay, function_of(mask)),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
+@_with_depth_by_name
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     ns_coeffs: Coefficients = (3.4445, -4.7750, 2.0315),
@@ -354,6 +380,7 @@ def muon(
     )
 
 
+@_with_depth_by_name
 def normuon(
     learning_rate: optax.ScalarOrSchedule,
     ns_coeffs: Coefficients = (3.4445, -4.7750, 2.0315),

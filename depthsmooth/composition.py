@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import re
 from collections.abc import Mapping, Sequence
 
 from depthsmooth.siblings import Node
@@ -23,8 +24,17 @@ class Composition:
         self.pieces: dict[int, list[Piece]] = {}
         for piece in walk.first_met:
             self.pieces.setdefault(piece[0], []).append(piece)
+        for leaf, pieces in self.pieces.items():
+            # The gradient of a norm of the whole stack comes back to it after its layers.
+            made = sum(walk.bits[piece] for piece in pieces if piece[1])
+            if walk.first_met.get((leaf, ()), 0) & made:
+                pieces.remove((leaf, ()))
         self.when = {piece: k for k, piece in enumerate(walk.first_met)}
         self._walk, self._index = walk, index
+        # Each parameter by the name that it shares with its siblings, in the order of use.
+        names = {leaf: re.sub(r"[-_]?\d+", "", path) for path, leaf in index.items()}
+        self._used = [names[leaf] for leaf in self.pieces]
+        self._turn = {leaf: turn for turn, leaf in enumerate(self.pieces)}
         self._made = {
             leaf: functools.reduce(operator.or_, (walk.bits[piece] for piece in pieces))
             for leaf, pieces in self.pieces.items()
@@ -45,6 +55,16 @@ class Composition:
             for early, late in itertools.pairwise(pieces)
         )
 
+    def is_regular(self, nodes: Sequence[Node]) -> bool:
+        """Whether what data meets between a node and the next is the same, but for numbers.
+
+        An output projection and an MLP of a block without a name compose, and can be all of one
+        shape; but there is a norm before the MLP, and none within it.
+        """
+        starts = [min(self._turn[self._index[leaf.path]] for leaf in node.leaves) for node in nodes]
+        rounds = {tuple(sorted(self._used[a:b])) for a, b in itertools.pairwise(starts)}
+        return len(rounds) == 1
+
     def in_order(self, nodes: Sequence[Node]) -> list[Node] | None:
         """Some nodes in the order in which data goes through one after another.
 
@@ -63,10 +83,11 @@ class Composition:
             }
             for node in nodes
         }
+        # A bit for each leaf: of those that are taken in pieces some have more than others.
         made: dict[str, int] = {}
         for leaves in tensors.values():
             for tensor, leaf in leaves.items():
-                made[tensor] = made.get(tensor, 0) | self._made[leaf]
+                made[tensor] = made.get(tensor, 0) | 1 << (self._made[leaf].bit_length() - 1)
 
         def behind(node: Node) -> tuple[int, int]:
             leaves = tensors[node.path]

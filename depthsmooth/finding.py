@@ -1,10 +1,11 @@
 """Where depth is, from the tree alone: numbered siblings, axis names, stacks; or a refusal.
 
 What is certain is placed: siblings that a number and a name tell to be layers
-(``block_0``, ``layers/3``), and stacks in a container named after layers, along the one
-axis that all of its leaves agree on or that their metadata names. Blocks that are
-numbered in such a container (``layers/layers_0``) take turns, for Flax names it after the loop
-that they are in. What can be read in two ways is never guessed.
+(``block_0``, ``layers/3``), those of each kind by themselves, and stacks in a container named
+after layers, along the one axis that all of its leaves agree on or that their metadata names.
+Blocks that are numbered in such a container (``layers/layers_0``) take turns, for Flax names it
+after the loop that they are in. What can be read in two ways is never guessed, and what looks
+like layers is not left alone in silence: a refusal lists all of it.
 """
 
 from __future__ import annotations
@@ -12,16 +13,30 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import jax
 import optax
 
+from depthsmooth.doubts import (
+    Doubt,
+    alike_among,
+    disjoint,
+    doubt_siblings,
+    doubt_stack,
+    doubt_stacks,
+    doubts_among,
+    halves_of,
+    rules_of_parts,
+    rules_of_stack,
+    rules_of_turns,
+    unevenness_of,
+)
 from depthsmooth.layers import Axes
 from depthsmooth.layout import Depth, DepthNotFoundError, check_mixable, check_whole
 from depthsmooth.places import (
     Place,
+    Shape,
     is_mixable,
     leaves_of,
     named,
@@ -35,12 +50,21 @@ from depthsmooth.siblings import (
     Known,
     Node,
     are_beside,
+    are_copies,
+    are_flat,
     besides_layers,
-    blocks_within,
+    common_axes,
+    factor_pairs,
     families_of,
+    have_copies,
     holds_layers,
     is_layer_name,
+    is_norm_word,
+    is_part_name,
+    is_stack_name,
+    name_kinds,
     nesting_of,
+    spare_axes,
 )
 from depthsmooth.track import Leaf
 
@@ -50,37 +74,12 @@ class AmbiguousDepthError(ValueError):
 
     Attributes:
       readings: from the pattern of doubtful leaves to the rules that could be theirs,
-        in words.
+        in words. No leaf is matched by two patterns, and a rule for each settles it.
     """
 
     def __init__(self, message: str, readings: Mapping[str, tuple[str, ...]]) -> None:
         super().__init__(message)
         self.readings = dict(readings)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Doubt:
-    """Leaves that can be read in more than one way.
-
-    Attributes:
-      pattern: the pattern of a rule for them.
-      leaf: one of them.
-      why: what speaks against a single reading.
-      readings: the rules that they could be read by.
-      grave: whether they look like layers so much that leaving them alone is a guess.
-    """
-
-    pattern: str
-    leaf: Known
-    why: str
-    readings: tuple[str, ...]
-    grave: bool = True
-
-    def __str__(self) -> str:
-        rules = [f"{{{self.pattern!r}: {rule}}}" for rule in (*self.readings[:2], "()")]
-        *layers, none = rules
-        said = f"{' or '.join(layers)} if it is layers, and " if layers else ""
-        return f"{self.leaf.path} {self.leaf.shape}: {self.why}; the rule is {said}{none} if not."
 
 
 def find_depth(params: optax.Params, *, metadata: bool = True, known: Depth | None = None) -> Depth:
@@ -100,7 +99,7 @@ def find_depth(params: optax.Params, *, metadata: bool = True, known: Depth | No
 
     Returns:
       The Depth, with a group for each stack and for each family of numbered siblings,
-      and those of ``known``.
+      or for each kind of these, and those of ``known``.
 
     Raises:
       AmbiguousDepthError: if leaves can be read in two ways; it lists both, with the
@@ -125,25 +124,17 @@ def find_depth(params: optax.Params, *, metadata: bool = True, known: Depth | No
     arrays = _leaves_with_names(params, metadata)
     leaves = [Known(path, shape_of(array), names) for path, array, names in arrays]
     said = Depth() if known is None else known.resolve(params)
-    search = _Search()
     mixable = [
         leaf
-        for leaf, (path, array, _) in zip(leaves, arrays, strict=True)
-        if path not in said and is_mixable(array)
+        for leaf, (_, array, _) in zip(leaves, arrays, strict=True)
+        if leaf.path not in said and is_mixable(array)
     ]
-    root = Node("", tuple(mixable))
-    search.walk(root)
-    search.doubt_the_left(root)
-    doubts = [doubt for doubt in search.doubts if doubt.grave or not search.places]
+    search = _Search(mixable)
+    doubts = _doubts_of(search, mixable, any(len(track.present) > 1 for track in said.tracks))
+    shapes = {leaf.path: leaf.shape for leaf in leaves}
     if doubts:
-        raise AmbiguousDepthError(
-            f"Depth is not certain. {' '.join(map(str, doubts[:4]))} Say which with "
-            "find_depth(params, known=Depth.from_rules({pattern: rule})), or let "
-            "trace_depth(fn, params, batch) follow the parameters through the forward pass.",
-            {doubt.pattern: doubt.readings for doubt in doubts},
-        )
+        raise _refusal(doubts, shapes)
     if leaves and not search.places and not said:
-        shapes = {leaf.path: leaf.shape for leaf in leaves}
         raise DepthNotFoundError(
             f"Nothing in the tree is certain to be layers; it has {some(named(shapes))}. Let "
             "trace_depth(fn, params, batch) follow the parameters through the forward pass, or "
@@ -163,147 +154,327 @@ def find_depth(params: optax.Params, *, metadata: bool = True, known: Depth | No
     return Depth(tuple(found)) | said
 
 
+def _doubts_of(search: _Search, mixable: Sequence[Known], is_said: bool) -> list[Doubt]:
+    """All that is to be said of a tree before depth is certain: of leaves and of what is left.
+
+    What is beside certain layers, and looks less like them, needs no answer.
+    """
+    found: list[Doubt] = []
+    while True:
+        is_certain = bool(search.places) or is_said
+        new = disjoint(doubt for doubt in search.doubts if doubt.grave or not is_certain)
+        if not new:
+            return found
+        found += new
+        said = {path for doubt in found for path in doubt.paths}
+        search = _Search([leaf for leaf in mixable if leaf.path not in said])
+
+
+def _refusal(doubts: Sequence[Doubt], shapes: Mapping[str, Shape]) -> AmbiguousDepthError:
+    """The error that lists all doubts, with the rules that settle them."""
+    patterns = [doubt.pattern(shapes) for doubt in doubts]
+    readings = [doubt.readings(shapes) for doubt in doubts]
+    sentences = map(Doubt.sentence, doubts, patterns, readings)
+    return AmbiguousDepthError(
+        f"Depth is not certain. {' '.join(sentences)} Say which with "
+        "find_depth(params, known=Depth.from_rules({pattern: rule})), or let "
+        "trace_depth(fn, params, batch) follow the parameters through the forward pass.",
+        dict(zip(patterns, readings, strict=True)),
+    )
+
+
 def depth_of(tree: optax.Params, depth: Depth | None) -> Depth:
     """The Depth of a tree that an optimizer was given: ``depth``, or else what can be found."""
     return find_depth(tree, metadata=False) if depth is None else depth.resolve(tree)
 
 
 class _Search:
-    """One walk down the tree, from the outermost containers to the leaves.
+    """One walk down a tree, from the outermost containers to the leaves.
 
     Attributes:
       places: the leaves that certainly hold layers.
       reasons: for others, why they are not taken for layers.
       doubts: what can be read in two ways.
-      left: leaves that are in no layers, though they look stacked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, leaves: Sequence[Known]) -> None:
         self.places: dict[str, Place] = {}
         self.reasons: dict[str, str] = {}
-        self.doubts: list[_Doubt] = []
-        self.left: list[Known] = []
+        self.doubts: list[Doubt] = []
+        self._unclear: list[tuple[Doubt, str | None]] = []
+        self._left: list[Known] = []
+        if leaves:
+            root = Node("", tuple(leaves))
+            self._walk(root)
+            self._doubt_the_unclear()
+            self._doubt_the_left(root)
 
-    def walk(self, node: Node) -> None:
+    def _walk(self, node: Node) -> None:
         """Places the layers below a node. Within layers nothing else is layers."""
         if self._is_stack(node):
             return
-        for child in besides_layers(node, self._are_layers):
+        for child in besides_layers(node, self._layers_among):
             leaf = child.leaves[0]
             if not child.is_leaf:
-                self.walk(child)
-            elif leaf.layer_axes or (leaf.is_norm and len(leaf.shape) > 1):
-                self.left.append(leaf)
+                self._walk(child)
+            elif leaf.layer_axes or (leaf.is_wide and (leaf.is_norm or leaf.is_factor)):
+                self._left.append(leaf)
 
-    def _are_layers(self, family: Family, parts: bool) -> bool:
-        """Whether a family is layers, or may be: there is nothing more to look for in it."""
-        members = list(family.members.values())
-        leaves = [leaf for node in members for leaf in node.leaves]
-        is_named = is_layer_name(family.name) and not are_beside(family.container)
-        if len(members) == 1:
-            if not (is_named and members[0].is_block) or holds_layers(members[0]):
-                return False
-            if not self._is_stack(members[0], is_layers=True):
-                why = f"{members[0].path} is the only layer of its kind"
-                self.reasons |= {leaf.path: why for leaf in leaves}
-            return True
-        fits = not family.misfit and not family.uneven
-        if not is_named and not (parts and fits):
-            if fits and members[0].is_block and not _has_layers(members[0]):
-                why = "its siblings may be layers, or copies side by side"
-                self._doubt(family, why, grave=False)
-            return False
-        if not (family.repeats or parts):
-            return False
-        are_blocks = any(node.is_block for node in members)
-        why, grave = _doubt_of(family)
-        if why:
-            self._doubt(family, why, grave and are_blocks)
-            return is_named
-        if not (are_blocks or parts):
-            self._doubt(family, "its siblings may be layers, or steps within one", grave=False)
-            return True
-        first = next(iter(family.members))
-        for number, node in family.members.items():
+    def _layers_among(self, family: Family, parts: bool) -> Iterable[Node]:
+        """The siblings that are layers, or may be: there is nothing more to look for in them."""
+        is_named = is_layer_name(family.name) and not are_flat(family)
+        kinds = [kind for kind in family.kinds_of_layers if len(kind.members) > 1]
+        if not (is_named or parts):
+            self._suspect(family, kinds)
+            return []
+        alone = [kind.first for kind in family.kinds_of_layers if len(kind.members) == 1]
+        uneven = unevenness_of(family, kinds)
+        for node in alone:
+            self._leave(node, uneven or f"{node.path} is the only layer of its kind")
+        if len(family.members) == 1:
+            is_layer = self._is_stack(family.first, is_layer=True) or _is_one_layer(family.first)
+            return alone if is_layer else []
+        if not (kinds and (family.repeats or parts)):
+            return []
+        doubts = doubts_among(family, kinds, parts)
+        for doubt in doubts:
+            self._doubt(doubt)
+        for kind in [] if doubts else kinds:
+            self._place(kind)
+        layers = [node for kind in kinds for node in kind.members.values()]
+        return [*layers, *filter(_is_one_layer, alone)] if is_named or not doubts else []
+
+    def _place(self, kind: Family) -> None:
+        """Places siblings of one kind, each as a layer."""
+        for layer, node in enumerate(kind.members.values()):
             for leaf in node.leaves:
-                self.places[leaf.path] = Place(
-                    family.group, node.inside(leaf), (), (number - first,), "names"
-                )
-        return True
+                tensor = kind.tensor(node, leaf)
+                self.places[leaf.path] = Place(kind.group, tensor, (), (layer,), "names")
 
-    def _is_stack(self, node: Node, is_layers: bool = False) -> bool:
+    def _suspect(self, family: Family, kinds: Sequence[Family]) -> None:
+        """Keeps in mind siblings that are not named after layers, though they look like them.
+
+        Three or more blocks that are alike may be layers, unless their name says that they are
+        side by side, or parts of a block. Two may be an encoder and a decoder, or two players.
+        """
+        numbered = [key for key in family.container if numbered_key(key)[1] is not None]
+        is_said = are_copies([family.name, *numbered]) or are_flat(family)
+        why = "its siblings may be layers, or copies side by side"
+        for alike in alike_among(kinds):
+            # Stacks that norms tell are doubted each by itself.
+            if not alike.first.is_block or any(spare_axes(alike.first.leaves).values()):
+                continue
+            grave = len(alike.members) > 2 and not (is_said or is_part_name(family.name))
+            doubt = (
+                doubt_stacks(alike, why, grave)
+                if alike.stacked
+                else doubt_siblings(alike, why, grave, family.has_holes)
+            )
+            self._unclear.append((doubt, None if is_said else _above(family.first)))
+
+    def _is_stack(self, node: Node, is_layer: bool = False) -> bool:
         """Whether the leaves below are one stack, or may be."""
         name, number = numbered_key(node.key)
         marked = [leaf for leaf in node.leaves if leaf.layer_axes]
         whole = len(marked) == len(node.leaves) and node.is_block and not _has_stacks(node)
-        if not is_layers and (number is not None or not (is_layer_name(name) or whole)):
+        is_named = is_layer_name(name) or is_stack_name(name)
+        if is_layer and (not node.is_block or _may_hold_layers(node)):
+            return False
+        if not is_layer and (number is not None or not (is_named or whole)):
             return False
         found = _named_axes(node, marked) if marked else _common_axes(node)
         if found is None:
             if is_layer_name(name) and _lacks_norms(node):
                 # The bias of a projection onto several heads has two axes, too, without a stack.
-                self._doubt_stack(node, "it may be stacked, but no norm tells", grave=False)
+                why, rules = "it may be stacked, but no norm tells", rules_of_stack(node.leaves)
+                doubt = doubt_stack(node, [node], why, rules, grave=False)
+                self._unclear.append((doubt, _above(node)))
             return False
-        dealt = _dealt(node)
-        if isinstance(found, str) or isinstance(dealt, str):
-            why = found if isinstance(found, str) else str(dealt)
-            self._doubt_stack(node, why)
+        family = _blocks_in_turn(node)
+        why = found if isinstance(found, str) else _doubt_of_stack(node, family, bool(marked))
+        if isinstance(found, str) or why:
+            for doubt in _doubts_of_stack(node, family, why):
+                self._doubt(doubt)
             return True
-        by = "metadata" if marked else "names"
-        period = max((number for number, _ in dealt.values()), default=0) + 1
+        turns = _turns_of(node, family)
         for leaf in node.leaves:
-            number, tensor = dealt.get(leaf.path, (0, leaf.path))
-            count = stacked(leaf.shape, found[leaf.path])
-            layers = tuple(i * period + number for i in range(count))
+            group, tensor, first, period = turns.get(leaf.path, (node.path, leaf.path, 0, 1))
+            axes = found[leaf.path]
+            layers = tuple(i * period + first for i in range(stacked(leaf.shape, axes)))
             if layers:
-                self.places[leaf.path] = Place(node.path, tensor, found[leaf.path], layers, by)
+                by = "metadata" if marked else "names"
+                self.places[leaf.path] = Place(group, tensor, axes, layers, by)
         return True
 
-    def _doubt(self, family: Family, why: str, grave: bool) -> None:
-        leaves = [leaf for node in family.members.values() for leaf in node.leaves]
-        self.reasons |= {leaf.path: why for leaf in leaves}
-        # Of the others a number alone would not make layers.
-        can_be = not (family.misfit or family.uneven or family.strangers)
-        readings = ("numbered()",) if can_be else ()
-        self.doubts.append(_Doubt(family.pattern, leaves[0], why, readings, grave))
+    def _doubt(self, doubt: Doubt) -> None:
+        self.reasons |= dict.fromkeys(doubt.paths, doubt.why)
+        self.doubts.append(doubt)
 
-    def _doubt_stack(self, node: Node, why: str, grave: bool = True) -> None:
-        norms = {len(leaf.shape) for leaf in node.leaves if leaf.is_norm}
-        agreed = [
-            axis
-            for axis in range(min(len(leaf.shape) for leaf in node.leaves))
-            if len({leaf.shape[axis] for leaf in node.leaves}) == 1
-        ]
-        orders = itertools.permutations(agreed, max(min(norms, default=2) - 1, 1))
-        rules = [str(axes if len(axes) > 1 else axes[0]) for axes in orders if len(norms) < 2]
-        if _dealt(node):
-            rules = [f"interleaved({rule})" for rule in rules]
-        pattern = f"{re.escape(node.path)}/.*" if node.path else ".*"
-        leaf = min(node.leaves, key=lambda leaf: not leaf.is_norm)
-        self.doubts.append(_Doubt(pattern, leaf, why, tuple(rules), grave))
+    def _leave(self, node: Node, why: str) -> None:
+        self.reasons |= {leaf.path: why for leaf in node.leaves}
 
-    def doubt_the_left(self, root: Node) -> None:
-        """Norms with more than one axis, and axes named layers, that nothing accounts for."""
-        for leaf in self.left:
-            node = root
-            for key in leaf.keys[: -2 if leaf.is_norm else -1]:
-                node = node.children[key]
-            if not any(re.fullmatch(doubt.pattern, leaf.path) for doubt in self.doubts):
+    @property
+    def _settled(self) -> set[str]:
+        """The paths of leaves that are placed, or doubted."""
+        return {*self.places}.union(*(doubt.paths for doubt in self.doubts))
+
+    def _doubt_the_unclear(self) -> None:
+        """Doubts what is not certain to be layers, and holds none.
+
+        What looks less like layers is left alone beside certain ones, but not where there are
+        none near it: it may be all the layers of another tower.
+        """
+        for doubt, near in self._unclear:
+            if not doubt.paths & self._settled:
+                is_alone = near is not None and not any(
+                    path.startswith(near) for path in self.places
+                )
+                self._doubt(dataclasses.replace(doubt, grave=doubt.grave or is_alone))
+
+    def _doubt_the_left(self, root: Node) -> None:
+        """What may be stacked by its axes, and that nothing accounts for.
+
+        That are norms with more than one axis, axes named after layers, and adapters: theirs may
+        be heads. What is within a container that is stacked itself is a part of that stack.
+        """
+        containers = [(_container_of(leaf, root), leaf) for leaf in self._left]
+        for node, leaf in sorted(containers, key=lambda found: found[0].level):
+            nodes = [] if leaf.path in self._settled else _stacked_with(leaf, node, self._settled)
+            rank = min((len(each.shape) for at in nodes for each in at.leaves), default=0)
+            if nodes and (leaf.is_norm or leaf.layer_axes or rank > 2):
+                rules = rules_of_stack([leaf for each in nodes for leaf in each.leaves])
                 why = "it looks stacked, but its container is not named after layers"
-                self._doubt_stack(node, why)
+                grave = leaf.is_norm or bool(leaf.layer_axes)
+                self._doubt(doubt_stack(node, nodes, why, rules, grave))
 
 
-def _doubt_of(family: Family) -> tuple[str, bool]:
-    """Why a family may not be the layers of one stack, if so; and whether that is grave."""
-    if family.misfit:
-        return family.misfit, True
-    for inner in blocks_within(family):
-        return f"its siblings hold what may be layers, {inner.group}, themselves", True
-    if family.uneven:
-        return f"{family.uneven} has not the same shape in all of its siblings", False
-    if family.strangers:
-        return f"{family.strangers[0].path} has nothing in common with its siblings", True
-    return "", False
+def _may_hold_layers(node: Node) -> bool:
+    """Whether a node, though named like a layer, holds more than two blocks that may be layers."""
+    if holds_layers(node):
+        return True
+    inner = [node]
+    while inner:
+        node = inner.pop()
+        inner += [child for child in node.children.values() if not child.is_leaf]
+        for family in families_of(node):
+            if not (are_beside([family.name]) or is_part_name(family.name)) and any(
+                len(alike.members) > 2 and alike.first.is_block
+                for alike in alike_among(family.kinds_of_layers)
+            ):
+                return True
+    return False
+
+
+def _is_one_layer(node: Node) -> bool:
+    """Whether a node that is named like a layer is one, in which nothing else is layers."""
+    return node.is_block and not _may_hold_layers(node)
+
+
+def _container_of(leaf: Known, root: Node) -> Node:
+    """The container of a leaf, or that of its module if it is a part of a norm or an adapter."""
+    node, keys = root, leaf.keys[:-1]
+    if (leaf.is_norm or leaf.is_factor) and not is_norm_word(leaf.keys[-1]):
+        keys = keys[:-1]
+    for key in keys:
+        node = node.children[key]
+    return node
+
+
+def _above(node: Node) -> str:
+    """What the paths of a node and of all that is beside it begin with."""
+    return node.path.removesuffix(node.key)
+
+
+def _stacked_with(leaf: Known, node: Node, settled: Set[str]) -> list[Node]:
+    """The parts of a container, or the container, that can be stacked as a leaf in it is."""
+    if not any(each.path in settled for each in node.leaves) and common_axes(node.leaves):
+        return [node]
+    for axis, size in enumerate(leaf.shape):
+        parts = [
+            child
+            for child in node.children.values()
+            if all(
+                each.path not in settled and each.shape[axis : axis + 1] == (size,)
+                for each in child.leaves
+            )
+        ]
+        if len(parts) > 1 and any(leaf in part.leaves for part in parts):
+            return parts
+    return [Node(leaf.path, (leaf,), len(leaf.keys))]
+
+
+def _blocks_in_turn(node: Node) -> Family | None:
+    """The numbered blocks that a stack consists of, or those in a list in it, if it has any."""
+    while len(node.children) == 1 and not node.is_leaf:
+        [node] = node.children.values()
+    for family in families_of(node):
+        is_whole = len(family.members) == len(node.children) and is_layer_name(family.name)
+        if (
+            len(family.members) > 1
+            and family.repeats
+            and family.first.is_block
+            and (family.is_list or is_whole)
+            and not are_beside([family.name])
+        ):
+            return family
+    return None
+
+
+def _doubt_of_stack(node: Node, family: Family | None, is_marked: bool) -> str:
+    """Why what is stacked along one axis may not be one stack of layers, if so."""
+    keys = node.leaves[0].keys[: node.level]
+    over = [
+        key
+        for key, below in itertools.pairwise(keys)
+        if have_copies([key]) and not below.isdigit() and not is_marked
+    ]
+    if over:
+        return f"it may be stacked over copies side by side, which {over[0]} may name"
+    if family is None:
+        return ""
+    if family.is_list:
+        return "each of its numbered parts is a stack: they may alternate, or follow one another"
+    if family.has_holes:
+        return "the numbers of its parts have holes"
+    if family.halves:
+        return halves_of(family)
+    return ""
+
+
+def _doubts_of_stack(node: Node, family: Family | None, why: str) -> list[Doubt]:
+    """The doubts of what may be one stack, or stacks in turn."""
+    leaves = node.leaves
+    if len({*spare_axes(_vectors(node)).values()}) > 1 and _has_stacks(node):
+        # Gemma 4 has a stack of stacks beside a stack: no rule says how these take turns.
+        return [doubt_stack(node, [node], why, [])]
+    if family is None or len(family.kinds_of_layers) == len(family.members):
+        return [doubt_stack(node, [node], why, rules_of_stack(leaves))]
+    if family.is_list:
+        parts = [*family.members.values()]
+        return [doubt_stack(node, [node], why, rules_of_parts(leaves, parts))]
+    if len(family.kinds_of_layers) == 1:
+        return [doubt_stack(node, [node], why, rules_of_turns(leaves))]
+    turns = [
+        rules_of_turns if len(kind.members) > 1 else rules_of_stack
+        for kind in family.kinds_of_layers
+    ]
+    return [
+        doubt_stack(family.parent, [*kind.members.values()], why, rules(leaves))
+        for kind, rules in zip(family.kinds_of_layers, turns, strict=True)
+    ]
+
+
+def _turns_of(node: Node, family: Family | None) -> dict[str, tuple[str, str, int, int]]:
+    """In a stack of blocks in turn, each leaf's group, tensor, turn, and the turns of a round."""
+    if family is None or len(family.kinds_of_layers) == len(family.members):
+        return {}
+    names = name_kinds(node.path, [2] * len(family.kinds_of_layers))
+    return {
+        leaf.path: (name, kind.tensor(member, leaf), turn, len(kind.members))
+        for name, kind in zip(names, family.kinds_of_layers, strict=True)
+        for turn, member in enumerate(kind.members.values())
+        for leaf in member.leaves
+    }
 
 
 def _has_stacks(node: Node) -> bool:
@@ -315,46 +486,61 @@ def _has_stacks(node: Node) -> bool:
     return len(blocks) > 1 or any(is_layer_name(numbered_key(part.key)[0]) for part in parts)
 
 
-def _has_layers(node: Node) -> bool:
-    """Whether layers are below, so that the node's siblings are copies of a whole model."""
-    return any(
-        is_layer_name(numbered_key(key)[0])
-        for leaf in node.leaves
-        for key in leaf.keys[node.level :]
-    )
+def _vectors(node: Node) -> list[Known]:
+    """The vectors of a stack, but for those of what is side by side: experts have an axis, too."""
+    return [
+        leaf for leaf in node.leaves if leaf.is_vector and not have_copies(leaf.keys[node.level :])
+    ]
 
 
 def _common_axes(node: Node) -> dict[str, Axes] | str | None:
     """The one axis that all leaves agree on, why that is not certain, or None if unstacked."""
-    leaves = node.leaves
-    # What is side by side, like experts, has an axis for that, in vectors too.
-    telling = [leaf for leaf in leaves if not are_beside(leaf.keys)]
-    norms = {len(leaf.shape) for leaf in telling if leaf.is_norm}
-    vectors = {len(leaf.shape) for leaf in telling if leaf.is_vector}
-    if not norms or min(vectors) == 1:
+    vectors = _vectors(node)
+    spare = {*spare_axes(vectors).values()}
+    least = min([*spare, *(len(leaf.shape) - 1 for leaf in vectors)], default=0)
+    if not spare and all(leaf.is_factor for leaf in node.leaves):
+        return _axes_of_adapters(node.leaves)
+    if not spare or least < 1:
         return None
-    if len(norms) > 1 or min(vectors) > 2:
+    if len(spare) > 1 or least > 1:
         return "it is stacked along several axes, whose order the tree does not tell"
     candidates: list[dict[str, Axes]] = []
-    for axis in (*range(min(len(leaf.shape) for leaf in leaves)), -1):
-        sizes = {leaf.shape[axis] for leaf in leaves}
-        axes: dict[str, Axes] = {leaf.path: (axis % len(leaf.shape),) for leaf in leaves}
-        if len(sizes) == 1 and axes not in candidates:
+    for axis in common_axes(node.leaves):
+        axes: dict[str, Axes] = {leaf.path: (axis % len(leaf.shape),) for leaf in node.leaves}
+        if axes not in candidates:
             candidates.append(axes)
     if len(candidates) != 1:
         return "it is stacked, but more than one axis could be the layers"
     return candidates[0]
 
 
+def _axes_of_adapters(leaves: Sequence[Known]) -> dict[str, Axes] | None:
+    """The one axis that adapters, without a norm beside them, have in common; None if not certain.
+
+    Those of openpi have an axis for heads, (heads, width, r) and (heads, r, size). It is none
+    where one of them takes in and gives out as much, for a head is narrower than the network.
+    """
+    axes = common_axes(leaves)
+    for one, two in factor_pairs(leaves) if len(axes) == 1 else ():
+        inner, outer = ([*leaf.shape] for leaf in (one, two))
+        del inner[axes[0]], outer[axes[0]]
+        if len(inner) == len(outer) == 2 and inner == outer[::-1] and inner[0] != inner[1]:
+            return {leaf.path: (axes[0] % len(leaf.shape),) for leaf in leaves}
+    return None
+
+
 def _lacks_norms(node: Node) -> bool:
-    """Whether all leaves have an axis of one size in common, vectors too, and none is a norm's."""
-    axes = range(min(len(leaf.shape) for leaf in node.leaves))
-    return (
-        any(leaf.is_vector and not are_beside(leaf.keys) for leaf in node.leaves)
-        and not any(leaf.is_norm for leaf in node.leaves)
-        and any(len({leaf.shape[axis] for leaf in node.leaves}) == 1 for axis in axes)
-        and all(len(leaf.shape) > 1 for leaf in node.leaves)
-    )
+    """Whether all leaves have an axis of one size in common, and none tells if it is layers."""
+    rank = min(len(leaf.shape) for leaf in node.leaves)
+    if rank < 2 or not any(axis >= 0 for axis in common_axes(node.leaves)):
+        return False
+    if any(leaf.is_norm for leaf in node.leaves):
+        return False
+    if _vectors(node):
+        return True
+    # All of its leaves may be matrices, with one axis more.
+    has_copies = any(have_copies(leaf.keys[node.level :]) for leaf in node.leaves)
+    return rank > 2 and node.is_block and not has_copies and not families_of(node)
 
 
 def _named_axes(node: Node, marked: Sequence[Known]) -> dict[str, Axes] | str | None:
@@ -385,34 +571,6 @@ def _named_axes(node: Node, marked: Sequence[Known]) -> dict[str, Axes] | str | 
     return (
         f"some of its leaves name axis {min(said)} after layers, but not all, and sizes do not tell"
     )
-
-
-def _dealt(node: Node) -> dict[str, tuple[int, str]] | str:
-    """In a stack of blocks in turn, each leaf's place in the pattern, and its tensor."""
-    while len(node.children) == 1 and not node.is_leaf:
-        [node] = node.children.values()
-    families = [
-        family
-        for family in families_of(node)
-        if len(family.members) > 1
-        and family.repeats
-        and next(iter(family.members.values())).is_block
-    ]
-    for family in families:
-        if len(family.members) == len(node.children) and (
-            is_layer_name(family.name) and not next(iter(node.children)).isdigit()
-        ):
-            first = next(iter(family.members))
-            return {
-                leaf.path: (number - first, member.inside(leaf))
-                for number, member in family.members.items()
-                for leaf in member.leaves
-            }
-        if next(iter(family.members.values())).key.isdigit():
-            return (
-                "each of its numbered parts is a stack: they may alternate, or follow one another"
-            )
-    return {}
 
 
 def _leaves_with_names(

@@ -7,10 +7,11 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -18,6 +19,7 @@ from depthsmooth import rules as rules_
 from depthsmooth.mesh import manual_axes, varying_axes
 from depthsmooth.places import (
     Place,
+    Shape,
     hides,
     is_masked,
     is_mixable,
@@ -26,6 +28,7 @@ from depthsmooth.places import (
     named,
     nodes_of,
     shape_of,
+    shown,
     some,
     stacked,
 )
@@ -110,9 +113,9 @@ class Depth(Mapping[str, Place]):
           else a Depth of none.
 
         Raises:
-          ValueError: if a leaf does not fit its place, a rule matches nothing, or a
-            leaf with a place is missing and not masked. The message names the
-            path, the shape and the remedy.
+          ValueError: if a leaf does not fit its place, a rule matches nothing, or
+            nothing that would be mixed, or a leaf with a place is missing and not
+            masked. The message names the path, the shape and the remedy.
 
         Example:
           >>> import jax.numpy as jnp
@@ -123,20 +126,26 @@ class Depth(Mapping[str, Place]):
         present, masked = leaves_of(tree)
         if not present:
             return self if self.rules else Depth()
+        _check_tree(present)
         shapes = {path: shape_of(leaf) for path, leaf in present}
         arrays = dict(present)
         reasons = {leaf.path: leaf.reason for leaf in self.leaves}
         if self.rules:
             check_whole(present)
-            matched = rules_.match(dict(self.rules), shapes, masked)
+            try:
+                matched = rules_.match(dict(self.rules), shapes, masked)
+            except rules_.AxisError as error:
+                raise ValueError(f"{error}{_of_vmap(arrays)}") from None
             places = {path: place.on_devices_of(arrays[path]) for path, place in matched.items()}
         else:
-            places = {}
-            hidden = set(masked)
-            for leaf in self.leaves:
-                if leaf.place is not None and not hides(hidden, leaf.path):
-                    places[leaf.path] = _checked(leaf, leaf.place, arrays)
-            rules_.check_tensors("the Depth", places, shapes)
+            placed = [leaf for leaf in self.leaves if leaf.path in self]
+            _check_paths(placed, shapes, set(masked))
+            places = {
+                leaf.path: _checked(leaf, self[leaf.path], arrays)
+                for leaf in placed
+                if leaf.path in arrays
+            }
+            rules_.check_tensors("the Depth", places, shapes, f" {_SAME_TREE}")
             if manual_axes():
                 shapes |= {leaf.path: leaf.shape for leaf in self.leaves if leaf.path in arrays}
         copies = collections.Counter(path for path, _ in present)
@@ -249,11 +258,11 @@ class Depth(Mapping[str, Place]):
         for path, answer in selected.items():
             if not isinstance(answer, bool | np.bool_):
                 raise ValueError(
-                    f"where gives {answer!r} for {path} {shape_of(arrays[path])}, but has to give "
-                    "True or False, from the path, the shape and the dtype alone."
+                    f"where gives {answer!r} for {shown(path, shape_of(arrays[path]))}, but has to "
+                    "give True or False, from the path, the shape and the dtype alone."
                 )
         if selected and not any(selected.values()):
-            offered = some(f"{path} {shape_of(arrays[path])}" for path in selected)
+            offered = some(f"{shown(path, shape_of(arrays[path]))}" for path in selected)
             raise ValueError(
                 f"where selects none of the leaves that have a place in depth: {offered}. "
                 "To smooth nothing, use Depth.from_rules({})."
@@ -273,7 +282,8 @@ class Depth(Mapping[str, Place]):
         """A tree of the same structure, of what a function says of each leaf and its place.
 
         For whatever of Optax needs to know which axes are not depth: masks, labels, dimension
-        numbers.
+        numbers. Some of it calls all that can be called, as a model of Equinox can, and the tree
+        then, too. Give it a function: ``optax.partition(..., lambda tree: depth.map(fn, tree))``.
 
         Args:
           fn: called with the path, the leaf and its :class:`Place`, None where it has none.
@@ -307,7 +317,9 @@ class Depth(Mapping[str, Place]):
 
         So no stacked scale, and no bias but those of attention that have an axis for heads.
 
-        ``optax.add_decayed_weights(0.1, mask=depth.decay_mask)``.
+        ``optax.add_decayed_weights(0.1, mask=depth.decay_mask)``: the function itself, for Optax
+        may call the tree if it can be called, like a model of Equinox. What takes functions for
+        schedules has to be told: ``optax.inject_hyperparams(ds.adamw, static_args="mask")``.
 
         Args:
           params: parameters or updates.
@@ -496,16 +508,77 @@ def _check_place(leaf: Leaf) -> None:
         raise ValueError(f"{leaf} can't have its layers in {shards} shards")
 
 
+def refuse_depths(function: str, arguments: Mapping[str, object]) -> None:
+    """Raises if one of a function's arguments is a Depth, but for ``depth`` itself."""
+    for name, value in arguments.items():
+        if isinstance(value, Depth) and name != "depth":
+            raise ValueError(
+                f"{name} of {function} is a Depth. Give that by its name: {function}(..., "
+                "depth=depth)."
+            )
+
+
+_SAME_TREE = "Make the Depth from the same tree that the optimizer is given."
+
+
+def _check_tree(leaves: Sequence[tuple[str, object]]) -> None:
+    """Raises for the count of a schedule: what a function is called with that is taken for one."""
+    [(path, first), *others] = leaves
+    dtype = getattr(first, "dtype", np.int64 if isinstance(first, int) else np.bool_)
+    if not (path or others or shape_of(first)) and jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"{shown(path, ())} of the tree is a whole number, like the count that a schedule is "
+            "called with. optax.inject_hyperparams takes every function for a schedule: name those "
+            "that are none, like inject_hyperparams(ds.adamw, static_args=('mask', 'where'))."
+        )
+
+
+def _of_vmap(arrays: Mapping[str, jax.Array]) -> str:
+    """A hint for leaves that are traced, and may have an axis that jax.vmap hides."""
+    if not any(isinstance(array, jax.core.Tracer) for array in arrays.values()):
+        return ""
+    return (
+        " If this is in jax.vmap: the axis that it maps is not there. Count axes without it, and "
+        "make a Depth from one of the trees that it maps over."
+    )
+
+
+def _check_paths(placed: Sequence[Leaf], shapes: Mapping[str, Shape], masked: Set[str]) -> None:
+    """Raises unless all the leaves with a place are in a tree, or masked there."""
+
+    def is_there(path: str) -> bool:
+        return path in shapes or hides(masked, path)
+
+    missing = next((leaf for leaf in placed if not is_there(leaf.path)), None)
+    if missing is None:
+        return
+    remedy = f"whose leaves are {some(named(shapes, missing.path))}. {_SAME_TREE}"
+    for path in shapes:
+        outer = path.removesuffix(f"/{missing.path}")
+        inner = missing.path.removesuffix(f"/{path}")
+        if outer != path and all(is_there(f"{outer}/{leaf.path}") for leaf in placed):
+            remedy = (
+                f"where it is {path}: the Depth was made from what is at {outer!r} there. Make "
+                "both from the same tree: give init and update of the optimizer this part, or "
+                "make the Depth from the whole tree, as trace_depth(model.apply, variables, x) "
+                "does with Flax."
+            )
+        if inner != missing.path and all(
+            leaf.path.startswith(f"{inner}/") and is_there(leaf.path.removeprefix(f"{inner}/"))
+            for leaf in placed
+        ):
+            remedy = (
+                f"where it is {path}: the Depth was made from a whole tree, of which the optimizer "
+                f"is given what is at {inner!r}. Make both from the same tree: give init and "
+                "update of the optimizer the whole tree, or make the Depth from this part, with "
+                "Flax by trace_depth(lambda p, x: model.apply({'params': p}, x), "
+                "params['params'], x)."
+            )
+    raise ValueError(f"{missing} has a place in this Depth, but is not in the tree, {remedy}")
+
+
 def _checked(leaf: Leaf, place: Place, arrays: Mapping[str, jax.Array]) -> Place:
     """The place of the leaf in a tree; raises unless its layers are there, where they were."""
-    if leaf.path not in arrays:
-        shapes = {path: shape_of(array) for path, array in arrays.items()}
-        raise ValueError(
-            f"{leaf} has a place in this Depth, but is not in the tree, whose leaves are "
-            f"{some(named(shapes, leaf.path))}. Make the Depth from the same tree that the "
-            "optimizer is given: with an inner tree by "
-            "trace_depth(lambda p, x: model.apply({'params': p}, x), params['params'], x)."
-        )
     array = arrays[leaf.path]
     shape = shape_of(array)
     layers = len(place.layers)
@@ -521,9 +594,8 @@ def _checked(leaf: Leaf, place: Place, arrays: Mapping[str, jax.Array]) -> Place
     count = f"{layers} layers on {_axes_name(place.axes)}" if place.axes else "one layer"
     part = ", or an even part of them," if manual_axes() else ""
     raise ValueError(
-        f"{leaf.path} {shape} does not have the {count}{part} that this Depth found by "
-        f"{place.found_by} in {leaf.shape}. Make the Depth from the same tree that the "
-        "optimizer is given."
+        f"{shown(leaf.path, shape)} does not have the {count}{part} that this Depth found by "
+        f"{place.found_by} in {leaf.shape}. {_SAME_TREE}{_of_vmap(arrays)}"
     )
 
 
@@ -533,9 +605,9 @@ def check_whole(leaves: Sequence[tuple[str, jax.Array]]) -> None:
         axes = varying_axes(leaf) if isinstance(leaf, jax.core.Tracer) else frozenset()
         if axes is None or axes:
             raise ValueError(
-                f"{path} {shape_of(leaf)} is what shard_map gives one device, and whether that is "
-                "a part of the layers only the depth of the whole arrays tells: give it, by "
-                "depth=find_depth(params), trace_depth(...) or rules.resolve(params), called "
+                f"{shown(path, shape_of(leaf))} is what shard_map gives one device, and whether "
+                "that is a part of the layers only the depth of the whole arrays tells: give it, "
+                "by depth=find_depth(params), trace_depth(...) or rules.resolve(params), called "
                 "outside."
             )
 
@@ -545,14 +617,14 @@ def check_mixable(path: str, leaf: jax.Array, copies: int) -> None:
     if not is_mixable(leaf):
         kind = getattr(leaf, "dtype", type(leaf).__name__)
         raise ValueError(
-            f"{path} {shape_of(leaf)} is of type {kind}, but only floating point and complex "
+            f"{shown(path, shape_of(leaf))} is of type {kind}, but only floating point and complex "
             "updates can be mixed. Leave it out of the rules, or keep it from the optimizer with "
             "optax.masked or optax.partition."
         )
     if copies > 1:
         raise ValueError(
-            f"{path} {shape_of(leaf)} is the path of {copies} leaves, so its place in depth is not "
-            "certain. Rename a key that holds a '/'."
+            f"{shown(path, shape_of(leaf))} is the path of {copies} leaves, so its place in depth "
+            "is not certain. Rename a key that holds a '/'."
         )
 
 

@@ -18,7 +18,7 @@ from depthsmooth.gram import gram, spectrum
 from depthsmooth.layers import widened
 from depthsmooth.layout import Depth, Where
 from depthsmooth.mesh import AxisName, with_automatic_axes
-from depthsmooth.places import leaves_of, shape_of
+from depthsmooth.places import leaves_of, shape_of, shown
 from depthsmooth.stencil import Stencil, apply, exchange, exists, join
 from depthsmooth.track import Track
 
@@ -170,8 +170,8 @@ def gradient_noise_over_depth(
         count, *_ = (*shape, 0)
         if count < 2 or count != most:
             raise ValueError(
-                f"{path} {shape} has the gradients of {count} micro-batches on its first axis, but "
-                "leaves have to have those of the same number, two or more, as "
+                f"{shown(path, shape)} has the gradients of {count} micro-batches on its first "
+                "axis, but leaves have to have those of the same number, two or more, as "
                 "jax.vmap(jax.grad(loss), in_axes=(None, 0))(params, batches) gives."
             )
     measured = functools.partial(_noise_of, depth=depth, by=by, where=where, axis_name=axis_name)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from depthsmooth.blocks import ratio
-from depthsmooth.finding import depth_of
 from depthsmooth.layers import narrowed, widened
 from depthsmooth.layout import Depth
-from depthsmooth.places import Place
+from depthsmooth.places import Place, shown
+from depthsmooth.transform import depth_in
 
 Mask: TypeAlias = optax.Params | Callable[[optax.Params], optax.Params]
 DimensionNumbers: TypeAlias = optax.Params | Callable[[optax.Params], optax.Params]
@@ -96,10 +96,11 @@ def muon_over_depth(
 ) -> optax.GradientTransformationExtraArgs:
     """Optax's Muon without its decay and learning rate, which come after the smoothing."""
     smooth(depth=depth)
+    given = function_of(dimension_numbers)
     adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
     steps = {
         "muon": optax.chain(
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            optax.add_decayed_weights(weight_decay, function_of(weight_decay_mask)),
             optax.scale_by_learning_rate(learning_rate),
         ),
         "adam": optax.chain(
@@ -109,23 +110,21 @@ def muon_over_depth(
 
     def for_tree(tree: optax.Params) -> optax.GradientTransformationExtraArgs:
         """The optimizer of one tree, whose paths and shapes tell everything."""
-        found = depth_of(tree, depth)
-        numbers = dimension_numbers
-        if callable(numbers):
-            numbers = numbers(tree)
-        elif numbers is None:
-            numbers = muon_dimension_numbers(found, tree)
+        found = depth_in(tree, depth)
+        numbers = muon_dimension_numbers(found, tree) if given is None else given(tree)
         _check_whole(found, tree, _of_leaves(numbers, tree))
         if of_muon.get("adaptive"):
             _check_alone(found, tree, _of_leaves(numbers, tree))
-        # A learning rate of -1 leaves the steps as they are: positive.
-        orthogonal = optax.contrib.muon(-1.0, muon_weight_dimension_numbers=numbers, **of_muon)
+        # A learning rate of -1 leaves the steps as they are: positive. Trees may be callable.
+        orthogonal = optax.contrib.muon(
+            -1.0, muon_weight_dimension_numbers=lambda _: numbers, **of_muon
+        )
         rescaled = optax.identity() if rescale is None else rescale(_of_leaves(numbers, tree))
         labels = jax.tree.map(
             lambda _, one: "adam" if one is None else "muon", tree, _of_leaves(numbers, tree)
         )
         return optax.chain(
-            orthogonal, rescaled, smooth(depth=found), optax.partition(steps, labels)
+            orthogonal, rescaled, smooth(depth=found), optax.partition(steps, lambda _: labels)
         )
 
     def init_fn(params: optax.Params) -> optax.OptState:
@@ -144,6 +143,35 @@ def muon_over_depth(
         return after
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def function_of(
+    given: optax.Params | Callable[[optax.Params], optax.Params] | None,
+) -> Callable[[optax.Params], optax.Params] | None:
+    """A mask, or dimension numbers, as a function of the tree, if they are not one yet.
+
+    Optax calls all that can be called. That can a model of Equinox, too, and so can a mask of its
+    structure; but this is a tree of bools or of dimension numbers, and no function holds these
+    alone. A ``jax.tree_util.Partial`` is a function, whatever it holds.
+
+    Example:
+      >>> function_of({"w": True})(None), function_of(lambda tree: tree)({"w": False})
+      ({'w': True}, {'w': False})
+    """
+    if given is None:
+        return None
+    is_function = callable(given) and (
+        isinstance(given, jax.tree_util.Partial) or not _is_answer(given)
+    )
+    # Optax takes a Partial for a tree: a function of Python is one to all of it.
+    return (lambda tree: given(tree)) if is_function else (lambda _: given)
+
+
+def _is_answer(tree: optax.Params) -> bool:
+    """Whether a tree is of bools or dimension numbers."""
+    leaves = jax.tree_util.tree_leaves(tree, is_leaf=_is_one)
+    types = [getattr(leaf, "dtype", type(leaf)) for leaf in leaves if not _is_one(leaf)]
+    return leaves != [] and all(jnp.issubdtype(kind, jnp.bool_) for kind in types)
 
 
 def _is_one(node: object) -> bool:
@@ -218,7 +246,7 @@ def _check_whole(depth: Depth, tree: optax.Params, numbers: optax.Params) -> Non
         axes = _axes(one.reduction_axis) + _axes(one.output_axis)
         if place is not None and {axis % leaf.ndim for axis in axes} & set(place.axes):
             raise ValueError(
-                f"{path} {whole[path]} has its layers along axis "
+                f"{shown(path, whole[path])} has its layers along axis "
                 f"{', '.join(map(str, place.axes))}, which {one} would make a part of each "
                 "matrix. Name other axes, or leave muon_weight_dimension_numbers out."
             )
@@ -228,9 +256,9 @@ def _check_whole(depth: Depth, tree: optax.Params, numbers: optax.Params) -> Non
         if by_type or in_parts:
             how = "an explicit mesh" if by_type else "shard_map"
             raise ValueError(
-                f"{path} {whole[path]} is a matrix in each layer, which {how} splits along axis "
-                f"{(by_type or in_parts)[0]}, but Muon needs whole matrices. Split layers alone "
-                "there, or use jax.jit with shardings and AxisType.Auto."
+                f"{shown(path, whole[path])} is a matrix in each layer, which {how} splits along "
+                f"axis {(by_type or in_parts)[0]}, but Muon needs whole matrices. Split layers "
+                "alone there, or use jax.jit with shardings and AxisType.Auto."
             )
 
     jax.tree.map(check, numbers, leaves, is_leaf=_is_one)
@@ -246,8 +274,9 @@ def _check_alone(depth: Depth, tree: optax.Params, numbers: optax.Params) -> Non
         path, leaf, place = at
         if one is not None and place is not None and place.axes:
             raise ValueError(
-                f"{path} {leaf.shape} holds {len(place.layers)} layers, but adaptive=True scales "
-                "each leaf by one number: leave it out, or give each layer leaves of its own."
+                f"{shown(path, leaf.shape)} holds {len(place.layers)} layers, but adaptive=True "
+                "scales each leaf by one number: leave it out, or give each layer leaves of its "
+                "own."
             )
 
     jax.tree.map(check, numbers, places, is_leaf=_is_one)

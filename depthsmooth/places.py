@@ -176,7 +176,18 @@ def common_path(paths: Sequence[str]) -> str:
 def named(shapes: Mapping[str, Shape], like: str = "") -> list[str]:
     """Paths with shapes, those that are most like a misspelt one first."""
     paths = sorted(shapes, key=lambda path: -difflib.SequenceMatcher(None, like, path).ratio())
-    return [f"{path} {shapes[path]}" for path in paths]
+    return [shown(path, shapes[path]) for path in paths]
+
+
+def shown(path: str, shape: Shape | None) -> str:
+    """A leaf as messages name it; a tree that is a leaf itself has no path.
+
+    Example:
+      >>> shown("layers/kernel", (3, 4)), shown("", (2, 10))
+      ('layers/kernel (3, 4)', 'the only leaf (2, 10)')
+    """
+    name = path or "the only leaf"
+    return name if shape is None else f"{name} {shape}"
 
 
 def some(names: Iterable[str], most: int = 12) -> str:

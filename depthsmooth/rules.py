@@ -10,7 +10,17 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from depthsmooth.layers import Axes
-from depthsmooth.places import Place, Shape, named, numbered_key, some, stacked
+from depthsmooth.places import (
+    Place,
+    Shape,
+    common_path,
+    named,
+    numbered_key,
+    shown,
+    some,
+    stacked,
+)
+from depthsmooth.siblings import Family, Known, Node, families_of, is_layer_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +58,9 @@ def numbered() -> Rule:
 
     The number is the first, at the end of a key, that is not the same in all the
     leaves that the pattern matches, or the one that the pattern puts in parentheses:
-    ``r"decoder/block_(\d+)/.*"``. Numbers begin with 0 or 1; the first layer may have
-    none (Haiku's ``block``, ``block_1``, …).
+    ``r"decoder/block_(\d+)/.*"``. One in parentheses is believed, also where a tree looks
+    like a stack, or has but one layer. Numbers begin with 0 or 1; the first layer may
+    have none (Haiku's ``block``, ``block_1``, …).
 
     Returns:
       The rule, for :meth:`depthsmooth.Depth.from_rules`.
@@ -170,6 +181,10 @@ def _axes(axes: object, rule: object) -> Axes:
     )
 
 
+class AxisError(ValueError):
+    """A leaf does not have the axis, or the number of layers there, that a rule says."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Member:
     """A leaf that a rule matches.
@@ -198,7 +213,8 @@ def match(
       masked: paths where leaves are hidden, which no rule has to find.
 
     Raises:
-      ValueError: if a rule fits the leaves in no way, or two rules match one.
+      ValueError: if a rule fits the leaves in no way, or would mix nothing, or two rules
+        match one leaf.
     """
     places: dict[str, Place] = {}
     for pattern, rule in rules.items():
@@ -208,10 +224,14 @@ def match(
         for path in paths:
             if path in places:
                 raise ValueError(
-                    f"{path} {shapes[path]} is matched by two rules, {places[path].group!r} and "
-                    f"{pattern!r}. Narrow one of them, so that each leaf has one place in depth."
+                    f"{shown(path, shapes[path])} is matched by two rules, "
+                    f"{places[path].group!r} and {pattern!r}. Narrow one of them, so that "
+                    "each leaf has one place in depth."
                 )
-        places |= _placed(pattern, rule, paths, shapes, masked)
+        placed = _placed(pattern, rule, paths, shapes, masked)
+        if rule != Rule():  # which says that the leaves are no layers
+            _check_mixes(pattern, rule, placed, shapes, masked)
+        places |= placed
     return places
 
 
@@ -240,7 +260,7 @@ def _placed(
         for member in members:
             if member.path not in rest:
                 raise ValueError(
-                    f"{member.path} {shapes[member.path]} is in two containers of the rule "
+                    f"{shown(member.path, shapes[member.path])} is in two containers of the rule "
                     f"{pattern!r}. Narrow one of their patterns."
                 )
             rest.remove(member.path)
@@ -250,9 +270,9 @@ def _placed(
     if rule.containers and rest:
         path = min(rest)
         raise ValueError(
-            f"{path} {shapes[path]} is matched by the rule {pattern!r}, but is in none of its "
-            f"containers {some([repr(name) for name, _ in rule.containers])}. Narrow the rule's "
-            "pattern, or name the container."
+            f"{shown(path, shapes[path])} is matched by the rule {pattern!r}, but is in none of "
+            f"its containers {some([repr(name) for name, _ in rule.containers])}. Narrow the "
+            "rule's pattern, or name the container."
         )
     check_tensors(f"the rule {pattern!r}", places, shapes)
     return places
@@ -269,15 +289,19 @@ def _add(
     start: int = 0,
 ) -> int:
     """Places the members of a container from layer ``start`` on; gives their number of layers."""
+    leaves = [Known(member.path, shapes[member.path]) for member in members]
+    found = _Found(group, pattern, rule, members, leaves)
+    _check_layout(found, masked)
     axes = {m.path: _axes_of(m.path, shapes[m.path], rule, pattern) for m in members}
     counts = {path: stacked(shapes[path], axes[path]) for path in axes}
     for path, count in counts.items():
         first = members[0].path
         if count != counts[first]:
-            raise ValueError(
-                f"{path} {shapes[path]} has {count} layers on {rule}, but {first} "
-                f"{shapes[first]} of the same rule {pattern!r} has {counts[first]}. The leaves of "
-                "a rule share their layers: give each stack a rule of its own, or correct the axis."
+            raise AxisError(
+                f"{shown(path, shapes[path])} has {count} layers on {rule}, but "
+                f"{shown(first, shapes[first])} of the same rule {pattern!r} has {counts[first]}. "
+                "The leaves of a rule share their layers: give each stack a rule of its own, or "
+                f"correct the axis.{_if_siblings(found)}"
             )
     numbers = _numbers(pattern, members, shapes, masked)
     for member in members:
@@ -292,15 +316,15 @@ def _axes_of(path: str, shape: Shape, rule: Rule, pattern: str) -> Axes:
     """The axes of a rule, counted from 0, in one leaf."""
     for axis in rule.axes:
         if not -len(shape) <= axis < len(shape):
-            raise ValueError(
-                f"{path} {shape} has no axis {axis}, where the rule {pattern!r} says its layers "
-                "are. Correct the axis, or give this leaf a rule of its own."
+            raise AxisError(
+                f"{shown(path, shape)} has no axis {axis}, where the rule {pattern!r} says its "
+                "layers are. Correct the axis, or give this leaf a rule of its own."
             )
     axes = tuple(axis % len(shape) for axis in rule.axes)
     if len(set(axes)) < len(axes):
         raise ValueError(
-            f"{path} {shape} has the axes {rule.axes} twice, by the rule {pattern!r}. Correct the "
-            "axes, or give this leaf a rule of its own."
+            f"{shown(path, shape)} has the axes {rule.axes} twice, by the rule {pattern!r}. "
+            "Correct the axes, or give this leaf a rule of its own."
         )
     return axes
 
@@ -355,7 +379,7 @@ def _level_of_numbers(pattern: str, paths: Sequence[str], shapes: Mapping[str, S
         is_below = level > chosen and level in varying and is_named
         if is_below or (level < chosen and not is_said):
             raise ValueError(
-                f"{paths[0]} {shapes.get(paths[0], '')} has several numbers, and the rule "
+                f"{shown(paths[0], shapes.get(paths[0]))} has several numbers, and the rule "
                 f"{pattern!r} does not say which one tells layers, that in {upper!r} or that in "
                 f"{lower!r}. Put it in parentheses: {upper!r} would be "
                 f"{_parenthesised(upper)!r}."
@@ -376,7 +400,7 @@ def _captured(path: str, match: re.Match[str]) -> _Member:
 
 def _unnumbered(path: str, pattern: str, shapes: Mapping[str, Shape]) -> _Member:
     raise ValueError(
-        f"{path} {shapes.get(path, '')} has no number at the end of a key that would tell its "
+        f"{shown(path, shapes.get(path))} has no number at the end of a key that would tell its "
         f"layer, as the rule {pattern!r} says. Narrow the pattern, put the number in parentheses, "
         r"as (\d*) if the first layer has none, or give the axis of stacked layers."
     )
@@ -421,8 +445,8 @@ def _check_one_layer(
     if is_list or unnumbered:
         path, numbers = next(iter(inside)), f"{container}/\\d+"
         raise ValueError(
-            f"{path} {shapes[path]} is in the container {container!r}, which would be one layer, "
-            f"but holds {some(items)}. If these are layers, write r'{numbers}' for it."
+            f"{shown(path, shapes[path])} is in the container {container!r}, which would be one "
+            f"layer, but holds {some(items)}. If these are layers, write r'{numbers}' for it."
         )
 
 
@@ -453,25 +477,38 @@ def _numbers(
         path = next(member.path for member in members if member.number == lowest)
         missing = f"without {some(map(str, holes))}" if holes else f"from {first} on"
         raise ValueError(
-            f"The layers that the rule {pattern!r} finds, like {path} {shapes[path]}, have the "
-            f"numbers {first} to {last} {missing}, but layers are numbered from 0 or 1 without "
+            f"The layers that the rule {pattern!r} finds, like {shown(path, shapes[path])}, have "
+            f"the numbers {first} to {last} {missing}, but layers are numbered from 0 or 1 without "
             "holes. Correct the pattern, or put the number that tells layers in parentheses."
         )
     return list(range(first, last + 1))
 
 
-def check_tensors(source: str, places: Mapping[str, Place], shapes: Mapping[str, Shape]) -> None:
-    """Raises unless a tensor has one shape in all layers, and is in each just once."""
+def check_tensors(
+    source: str, places: Mapping[str, Place], shapes: Mapping[str, Shape], remedy: str = ""
+) -> None:
+    """Raises unless a tensor has one shape in all layers, and is in each just once.
+
+    Args:
+      source: what says so.
+      places: from path to place.
+      shapes: from path to shape.
+      remedy: against layers of different shapes, where it is not that of a rule.
+
+    Raises:
+      ValueError: if it has several, or is twice in one.
+    """
     first: dict[tuple[str, str], str] = {}
     held: dict[tuple[str, str, int], str] = {}
     for path, place in places.items():
         other = first.setdefault((place.group, place.tensor), path)
         shape, expected = (places[p].layer_shape(shapes[p]) for p in (path, other))
         if shape != expected:
+            narrowed = f" Correct its axes, or narrow its pattern{_alike(places, shapes)}."
             raise ValueError(
-                f"{path} {shapes[path]} has layers of shape {shape}, but {other} {shapes[other]} "
-                f"has layers of shape {expected}, and {source} makes them the same "
-                "tensor of different layers. Correct its axes, or narrow its pattern."
+                f"{shown(path, shapes[path])} has layers of shape {shape}, but "
+                f"{shown(other, shapes[other])} has layers of shape {expected}, and {source} makes "
+                f"them the same tensor of different layers.{remedy or narrowed}"
             )
         for layer in place.layers:
             key = (place.group, place.tensor, layer)
@@ -479,10 +516,238 @@ def check_tensors(source: str, places: Mapping[str, Place], shapes: Mapping[str,
             held[key] = path
             if twin is not None:
                 raise ValueError(
-                    f"{path} {shapes[path]} and {twin} {shapes[twin]} are both layer {layer} of "
-                    f"{place.tensor!r} by {source}. Give each stack a rule of its own, "
+                    f"{shown(path, shapes[path])} and {shown(twin, shapes[twin])} are both layer "
+                    f"{layer} of {place.tensor!r} by {source}. Give each stack a rule of its own, "
                     "or put the number that tells layers in parentheses."
                 )
+
+
+def _alike(places: Mapping[str, Place], shapes: Mapping[str, Shape]) -> str:
+    """The rule for the longest run of layers with leaves of their own that are alike."""
+    layers: dict[int, list[str]] = {}
+    for path, place in places.items():
+        if place.axes:
+            return ""
+        layers.setdefault(place.layer, []).append(path)
+    runs = itertools.groupby(
+        sorted(layers), lambda layer: {(places[p].tensor, shapes[p]) for p in layers[layer]}
+    )
+    longest = max((list(run) for _, run in runs), key=len)
+    containers = [re.escape(common_path(layers[layer])) for layer in longest]
+    pattern = f"(?:{'|'.join(containers)})(?:/.*)?"
+    matched = {path for path in shapes if re.fullmatch(pattern, path)}
+    if len(longest) < 2 or matched != {path for layer in longest for path in layers[layer]}:
+        return ""
+    said = ", ".join(map(repr, containers))
+    return f" to layers that are alike, as in {{{pattern!r}: sequence({said})}}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """The leaves of a rule, or of one container of a sequence.
+
+    Attributes:
+      group: the pattern of the rule.
+      pattern: the same, or that of the container.
+      rule: how their layers are laid out.
+      members: the leaves.
+      leaves: what the tree says of each.
+    """
+
+    group: str
+    pattern: str
+    rule: Rule
+    members: Sequence[_Member]
+    leaves: Sequence[Known]
+
+    @property
+    def in_sequence(self) -> bool:
+        """Whether they are in a container."""
+        return self.group != self.pattern
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether the pattern says which number tells layers."""
+        return self.rule.numbered and re.compile(self.pattern).groups > 0
+
+    def is_in_part(self, masked: Sequence[str]) -> bool:
+        """Whether others of the rule may be masked."""
+        return _may_hide(self.group, [leaf.path for leaf in self.leaves], masked)
+
+    def said(self, pattern: str, rule: str) -> str:
+        """Another rule, or container, for them, as users write it."""
+        return f"({pattern!r}, {rule})" if self.in_sequence else f"{{{pattern!r}: {rule}}}"
+
+    def with_number(self) -> str:
+        """A pattern like the path of the first, with the number of its layer in parentheses."""
+        start, rest = _number_in(self.members[0].path, self.members[0].template)
+        return start + ("/.*" if rest and not self.in_sequence else "")
+
+
+def _check_layout(found: _Found, masked: Sequence[str]) -> None:
+    """Raises if leaves look like single layers where a rule says stacks, or the reverse."""
+    vector = next((leaf for leaf in found.leaves if leaf.is_vector), None)
+    if found.is_explicit or not found.members:
+        return
+    if found.rule.axes and vector and (remedies := _if_siblings(found)):
+        raise ValueError(
+            f"{shown(vector.path, vector.shape)} is a vector, all of which the rule "
+            f"{found.pattern!r} would take for layers.{remedies}"
+        )
+    if found.rule == numbered() and _is_like_a_stack(found) and not found.is_in_part(masked):
+        [first, *_], axis = found.leaves, _common_axis(found.leaves)
+        numbers = found.with_number()
+        raise ValueError(
+            f"{shown(first.path, first.shape)}, like all that the rule {found.pattern!r} matches, "
+            "has an axis more than one layer needs: they look like parts of a stack, which "
+            "numbered() would mix with each other. If they are, the rule is "
+            f"{found.said(found.pattern, str(axis))} or, if they take turns in depth, "
+            f"{found.said(numbers, f'interleaved({axis})')}. If the numbers are layers, put them "
+            f"in parentheses: {found.said(numbers, 'numbered()')}."
+        )
+
+
+def _if_siblings(found: _Found) -> str:
+    """The rules for leaves that are numbered siblings, and like each other; empty if none are.
+
+    Nor if a vector has an axis besides those of the rule: then each of them is a stack.
+    """
+    axes = found.rule.axes
+    if any(leaf.is_vector and len(leaf.shape) > len(axes) for leaf in found.leaves):
+        return ""
+    family = next(iter(_siblings(found.leaves)), None)
+    if family is None:
+        return ""
+    [start] = re.findall(r"^.*?\(\\d[*+]\)", family.pattern)
+    end = "" if found.in_sequence else family.pattern.removeprefix(start)
+    first = next(iter(family.members.values()))
+    entry = "container" if found.in_sequence else "rule"
+    is_even = all(len(set(of.values())) == 1 for of in family.tensors.values())
+    layers = found.said(start + end, "numbered()") if is_even else "numbered(), for those alike"
+    said = (
+        f" {family.group} are siblings with tensors in common. If each of them is a layer, the "
+        f"{entry} is {layers}."
+    )
+    if not _could_be_a_stack(axes, first.leaves):
+        return said
+    if found.rule.numbered:
+        numbers = found.said(start + end, str(found.rule))
+        return f"{said} If each is a stack, put the number in parentheses: {numbers}."
+    one = found.said(re.escape(first.path) + end, str(axes if len(axes) > 1 else axes[0]))
+    return f"{said} If each is a stack, give each a {entry} of its own, like {one}."
+
+
+def _could_be_a_stack(axes: Axes, leaves: Sequence[Known]) -> bool:
+    """Whether leaves have these axes, of one size, and are no siblings again."""
+    there = all(-len(leaf.shape) <= axis < len(leaf.shape) for leaf in leaves for axis in axes)
+    return there and not _siblings(leaves) and len({stacked(v.shape, axes) for v in leaves}) == 1
+
+
+def _siblings(leaves: Sequence[Known]) -> list[Family]:
+    """Siblings that differ in a number and have a tensor in common: layers by name come first."""
+    found: list[Family] = []
+    nodes = [Node("", tuple(leaves))]
+    while nodes:
+        found += [
+            family
+            for node in nodes
+            for family in families_of(node)
+            if any(len(of) > 1 and len(set(of.values())) == 1 for of in family.tensors.values())
+        ]
+        nodes = [child for node in nodes for child in node.children.values() if not child.is_leaf]
+    return sorted(found, key=lambda family: not is_layer_name(family.name))
+
+
+def _is_like_a_stack(found: _Found) -> bool:
+    """Whether leaves have an axis more than one layer needs, and their numbers name parts of it.
+
+    Without a vector among them only the names can tell: experts have such an axis, too.
+    """
+    [first, *_] = found.members
+    above, _, stem = first.template.removesuffix("*").rpartition("/")
+    vectors = [leaf for leaf in found.leaves if leaf.is_vector]
+    return (
+        all(len(leaf.shape) > (1 if leaf.is_vector else 2) for leaf in found.leaves)
+        and (vectors != [] or not is_layer_name(stem or above.rpartition("/")[2]))
+        and _common_axis(found.leaves) is not None
+    )
+
+
+def _common_axis(leaves: Sequence[Known]) -> int | None:
+    """The first axis on which all leaves have the same size, of more than 1."""
+    sizes = zip(*(leaf.shape for leaf in leaves), strict=False)
+    return next((k for k, of in enumerate(sizes) if len(set(of)) == 1 and of[0] > 1), None)
+
+
+def _check_mixes(
+    pattern: str,
+    rule: Rule,
+    places: Mapping[str, Place],
+    shapes: Mapping[str, Shape],
+    masked: Sequence[str],
+) -> None:
+    """Raises if a rule finds nothing to mix, and nothing is masked that it might.
+
+    A model of one layer has nothing to mix, and rules for it that say so are believed.
+    """
+    held: dict[tuple[str, str], set[int]] = {}
+    for place in places.values():
+        held.setdefault((place.group, place.tensor), set()).update(place.layers)
+    is_mixed = any(layer + 1 in layers for layers in held.values() for layer in layers)
+    if not places or is_mixed or _may_hide(pattern, list(places), masked):
+        return
+    path = min(places, key=lambda path: places[path].layer)
+    start, rest = _number_in(path, places[path].tensor)
+    if len({place.layer for place in places.values()}) > 1:
+        why = f"is in layer {places[path].layer}, and no tensor is in two layers side by side"
+        said = _if_one_tensor(rule, path, places, shapes)
+    else:
+        others = shapes.keys() - places.keys() if rule.numbered else ()
+        is_all = not any(re.fullmatch(start + re.escape(rest), other) for other in others)
+        if is_all and _says_one_layer(pattern, rule):
+            return
+        why = "is in the only layer that it finds"
+        one = f"{{{start + ('/.*' if rest else '')!r}: numbered()}}"
+        said = f" If its number tells layers, the rule is {one}." if rule.numbered else ""
+    raise ValueError(
+        f"The rule {pattern!r} would mix nothing: {shown(path, shapes[path])} {why}. Correct the "
+        f"pattern, give the axis of stacked layers, or leave the rule out.{said}"
+    )
+
+
+def _says_one_layer(pattern: str, rule: Rule) -> bool:
+    """Whether a rule says how many layers there are: by an axis, or a number in parentheses."""
+    is_captured = rule.numbered and re.compile(pattern).groups > 0
+    return bool(rule.axes) or is_captured or any(_says_one_layer(*of) for of in rule.containers)
+
+
+def _if_one_tensor(
+    rule: Rule, path: str, places: Mapping[str, Place], shapes: Mapping[str, Shape]
+) -> str:
+    """The rule for a tensor that has the number of its layer in its own name, too."""
+    start, rest = _number_in(path, places[path].tensor)
+    container = start + re.sub(r"\d+", r"\\d+", re.escape(rest))
+    alike = [other for other in places if re.fullmatch(container, other)]
+    shape = {places[other].layer_shape(shapes[other]) for other in alike}
+    is_run = {places[other].layer for other in alike} == set(range(len(alike)))
+    if rule.containers or len(alike) < 2 or len(shape) > 1 or not is_run:
+        return ""
+    said = f"({container!r}, {rule})" if rule.axes else repr(container)
+    whole = container.replace(r"(\d", r"(?:\d")
+    return f" If those like it are one tensor, the rule is {{{whole!r}: sequence({said})}}."
+
+
+def _number_in(path: str, template: str) -> tuple[str, str]:
+    """A pattern for the beginning of a path up to the number in a template, and the rest."""
+    before, _, _ = template.partition("*")
+    [(sign, number, rest)] = re.findall(r"^([-_]?)(\d*)(.*)$", path.removeprefix(before))
+    return re.escape(before) + (rf"{sign}(\d+)" if number else r"[-_]?(\d*)"), rest
+
+
+def _may_hide(pattern: str, paths: Sequence[str], masked: Sequence[str]) -> bool:
+    """Whether masked leaves may be a rule's: by themselves, or with paths like those it matches."""
+    ends = {"", *(path[match.start() :] for path in paths for match in re.finditer("/", path))}
+    return any(re.fullmatch(pattern, hidden + end) for hidden in masked for end in ends)
 
 
 def _matches_nothing(pattern: str, shapes: Mapping[str, Shape], masked: Sequence[str]) -> str:
@@ -490,8 +755,9 @@ def _matches_nothing(pattern: str, shapes: Mapping[str, Shape], masked: Sequence
         f" {some(masked)} is masked: if the rule is for a leaf in there, match it before masking, "
         "with Depth.from_rules(rules).resolve(params)."
     )
+    bare = ", whose path is ''" if "" in shapes else ""
     return (
         f"The rule {pattern!r} matches no leaf. A rule has to match the whole path of a leaf, and "
-        f"the leaves are {some(named(shapes, like=pattern))}. Correct it or leave the rule out."
-        f"{hidden if masked else ''}"
+        f"the leaves are {some(named(shapes, like=pattern))}{bare}. Correct it or leave the "
+        f"rule out.{hidden if masked else ''}"
     )

@@ -19,12 +19,13 @@ FUNCTIONS: dict[str, Callable[..., Rule]] = {
 
 
 def read_rules(path: pathlib.Path) -> Depth:
-    """The rules in a file: TOML, or what ``depth.to_json()`` wrote if it ends in ``.json``.
+    r"""The rules in a file: TOML, or what ``depth.to_json()`` wrote if it ends in ``.json``.
 
     A line of TOML is a pattern and its rule, which is an axis, a list of axes, or the call of
     a function of rules, as Python writes it::
 
         'encoder/layers/.*' = 0
+        'block_(\d+)/.*' = "numbered()"
         'decoder/.*' = "interleaved(1)"
         'codebooks/.*' = []
 
@@ -39,7 +40,7 @@ def read_rules(path: pathlib.Path) -> Depth:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(
             f"{path} is no TOML: {error}. A line is a pattern in quotes and its rule, like "
-            "'layers/.*' = 0."
+            "'layers/.*' = 0; a function is in quotes, too: 'block_(\\d+)/.*' = \"numbered()\"."
         ) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"The rules in {path} cannot be read: {error}") from error

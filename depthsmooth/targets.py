@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import math
 import numbers
 import operator
 import pathlib
+import re
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -19,10 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from depthsmooth.flax_file import is_box, read_flax
 from depthsmooth.layout import Depth
 from depthsmooth.places import leaves_of, numbered_key, path_string, some
 
-KINDS = "a directory that Orbax wrote, a .npz file, a .safetensors file, or module:function"
+KINDS = (
+    "a directory that Orbax wrote, a .npz, .msgpack or .safetensors file, a directory of "
+    ".safetensors files or their index, or module:function"
+)
 NPY_HEADER = 1 << 14
 """The bytes of a .npy that hold its header: NumPy takes one of up to 10,000."""
 NPY_VERSIONS = {
@@ -34,10 +40,15 @@ SAFETENSORS_DTYPES = {
     "BOOL": "bool",
     "BF16": "bfloat16",
     "F4": "float4_e2m1fn",
+    "F6_E2M3": "float6_e2m3fn",
+    "F6_E3M2": "float6_e3m2fn",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E8M0": "float8_e8m0fnu",
 }
 """The dtypes that are not called after their kind, like F32."""
+INDEX = re.compile(r"[^.].*\.safetensors\.index(?:\..*)?\.json")
+SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*\.safetensors)")
+"""The names of an index of .safetensors files, and of one of several files of a checkpoint."""
 
 
 def read_target(target: str) -> optax.Params | Depth:
@@ -111,10 +122,7 @@ def _called(target: str) -> optax.Params | Depth:
 
 
 def _read(path: pathlib.Path) -> optax.Params:
-    readers = {".npz": _npz, ".safetensors": _safetensors}
-    reader = _orbax if path.is_dir() else readers.get(path.suffix.lower())
-    if reader is None:
-        raise ValueError(f"{path} is a file of an unknown kind. Give {KINDS}.")
+    reader = _reader(path)
     try:
         return reader(path)
     except ModuleNotFoundError as missing:
@@ -127,44 +135,66 @@ def _read(path: pathlib.Path) -> optax.Params:
         raise ValueError(f"{path} cannot be read: {said}") from error
 
 
-def _orbax(directory: pathlib.Path) -> optax.Params:
-    """The tree of a checkpoint of Orbax, or of the only one that a directory holds."""
-    import orbax.checkpoint as ocp
+def _reader(path: pathlib.Path) -> Callable[[pathlib.Path], optax.Params]:
+    """The function that reads a directory, or files of this kind."""
+    readers = {".msgpack": read_flax, ".npz": _npz, ".safetensors": _safetensors}
+    if path.is_dir():
+        return _directory
+    if INDEX.fullmatch(path.name):
+        return _indexed
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"{path} is a file of an unknown kind. Give {KINDS}.")
+    return readers[path.suffix.lower()]
 
-    # Orbax asks JAX for its devices, and a training may hold the accelerator.
-    jax.config.update("jax_platforms", "cpu")
-    checkpoint = _checkpoint_in(directory, ocp.path.atomicity.TMP_DIR_SUFFIX)
-    tree = ocp.PyTreeCheckpointHandler().metadata(checkpoint.absolute()).tree
-    return jax.tree.map(_shape_of_metadata, tree, is_leaf=_is_box)
 
-
-def _checkpoint_in(directory: pathlib.Path, unfinished: str) -> pathlib.Path:
+def _directory(directory: pathlib.Path) -> optax.Params:
+    """The tree of a checkpoint of Orbax, or of the only checkpoint that a directory holds."""
     if (directory / "_METADATA").is_file():
-        return directory
-    found = {
-        file.parent.relative_to(directory).as_posix(): file.parent
-        for level in ("*", "*/*")
-        for file in directory.glob(f"{level}/_METADATA")
-        if unfinished not in str(file)
-    }
+        return _orbax(directory)
+    found = _orbax_in(directory) | _safetensors_in(directory)
     if not found:
-        raise ValueError("it holds no checkpoint of Orbax, which has a file _METADATA.")
+        files = sorted([*directory.glob("[!.]*.msgpack"), *directory.glob("[!.]*.npz")])
+        raise ValueError(
+            "it holds no checkpoint of Orbax, which has a file _METADATA, and no .safetensors "
+            f"file.{f' Give a file in it, like {files[0]}' if files else ''}"
+        )
+    if _are_shards(found):
+        return _nested(_together(_parts(found.values())).items())
     newest, *others = sorted(found, key=lambda name: (-_step(name), name))
     if others:
         raise ValueError(
             f"it holds {len(found)} checkpoints: {some([newest, *others])}. "
             f"Give one of them, like {found[newest]}"
         )
-    return found[newest]
+    return _reader(found[newest])(found[newest])
+
+
+def _orbax(directory: pathlib.Path) -> optax.Params:
+    """The tree of a checkpoint of Orbax."""
+    import orbax.checkpoint as ocp
+
+    # Orbax asks JAX for its devices, and a training may hold the accelerator.
+    jax.config.update("jax_platforms", "cpu")
+    tree = ocp.PyTreeCheckpointHandler().metadata(directory.absolute()).tree
+    return jax.tree.map(_shape_of_metadata, tree, is_leaf=is_box)
+
+
+def _orbax_in(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The checkpoints of Orbax below a directory, as of a manager; none that is unfinished."""
+    files = [file for level in ("*", "*/*") for file in directory.glob(f"{level}/_METADATA")]
+    if not files:
+        return {}
+    import orbax.checkpoint as ocp
+
+    return {
+        file.parent.relative_to(directory).as_posix(): file.parent
+        for file in files
+        if ocp.path.atomicity.TMP_DIR_SUFFIX not in str(file)
+    }
 
 
 def _step(name: str) -> int:
     return numbered_key(name.partition("/")[0])[1] or 0
-
-
-def _is_box(node: object) -> bool:
-    """Whether it is what Orbax makes of a box of Flax, which is not in the paths of updates."""
-    return isinstance(node, dict) and list(node) == ["value"] and hasattr(node["value"], "shape")
 
 
 def _shape_of_metadata(leaf: Any) -> jax.ShapeDtypeStruct | None:
@@ -176,7 +206,7 @@ def _shape_of_metadata(leaf: Any) -> jax.ShapeDtypeStruct | None:
 
 def _npz(path: pathlib.Path) -> optax.Params:
     with zipfile.ZipFile(path) as archive:
-        return _nested(dict(_npy(archive, member) for member in archive.infolist()))
+        return _nested([_npy(archive, member) for member in archive.infolist()])
 
 
 def _npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[str, jax.ShapeDtypeStruct]:
@@ -199,16 +229,19 @@ def _npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[str, jax.Sh
 
 
 def _safetensors(path: pathlib.Path) -> optax.Params:
+    return _nested(_tensors(path).items())
+
+
+def _tensors(path: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a .safetensors file by name."""
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as file:
         tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return _nested(
-            {
-                name: jax.ShapeDtypeStruct(tuple(tensor.get_shape()), _dtype(tensor.get_dtype()))
-                for name, tensor in tensors.items()
-            }
-        )
+        return {
+            name: jax.ShapeDtypeStruct(tuple(tensor.get_shape()), _dtype(tensor.get_dtype()))
+            for name, tensor in tensors.items()
+        }
 
 
 def _dtype(code: str) -> str:
@@ -217,19 +250,143 @@ def _dtype(code: str) -> str:
     return SAFETENSORS_DTYPES.get(code, plain)
 
 
-def _nested(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> optax.Params:
-    """Dicts of dicts, from names with slashes, or with dots where none has a slash."""
-    separator = "/" if any("/" in name for name in leaves) else "."
-    tree: dict[str, object] = {}
-    for name, leaf in leaves.items():
-        *above, last = name.split(separator)
+def _safetensors_in(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The indexes of .safetensors files in a directory, and the files that are in none."""
+    indexes = [path for path in directory.iterdir() if INDEX.fullmatch(path.name)]
+    in_one = {file for index in indexes for file in _files_of(index).values()}
+    files = set(directory.glob("[!.]*.safetensors")) - in_one
+    return {path.name: path for path in sorted([*indexes, *files])}
+
+
+def _are_shards(names: Iterable[str]) -> bool:
+    """Whether files are called after one checkpoint and their numbers: x-00001-of-00002.
+
+    Raises:
+      ValueError: if they are, and some are missing.
+
+    Example:
+      >>> _are_shards(["x-00001-of-00002.safetensors", "x-00002-of-00002.safetensors"])
+      True
+      >>> _are_shards(["x-00001-of-00002.safetensors", "y-00002-of-00002.safetensors"])
+      False
+    """
+    matches = [SHARD.fullmatch(name) for name in names]
+    shards = [match for match in matches if match]
+    if len({(match[1], match[3], match[4]) for match in shards}) != 1 or None in matches:
+        return False
+    stem, _, count, rest = shards[0].groups()
+    there = {int(match[2]) for match in shards}
+    first = min(*there, 1)
+    missing = sorted(set(range(first, first + int(count))) - there)
+    _refuse_missing([f"{stem}-{number:05}-of-{count}{rest}" for number in missing])
+    return True
+
+
+def _refuse_missing(names: Sequence[str]) -> None:
+    if names:
+        raise ValueError(
+            f"{some(names, 4)} {'are' if len(names) > 1 else 'is'} missing. Put what is missing "
+            "beside the other files, or give one of these, to see its part alone."
+        )
+
+
+def _indexed(index: pathlib.Path) -> optax.Params:
+    """The tree of the .safetensors files that an index names, as on the Hugging Face Hub."""
+    files = _files_of(index)
+    _refuse_missing(sorted({file.name for file in files.values() if not file.is_file()}))
+    parts = _parts(sorted(set(files.values())))
+    for name, file in files.items():
+        if name not in parts[file]:
+            raise ValueError(
+                f"{file.name} lacks {name}, which {index.name} says it holds. Download both again."
+            )
+    return _nested(_together(parts).items())
+
+
+def _files_of(index: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The file of each array by name, as an index says."""
+    remedy = "Download it again, or give one .safetensors file, to see its part alone."
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{index.name} is no JSON: {error}. {remedy}") from error
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(
+            f'{index.name} has no "weight_map" that names the file of each array. {remedy}'
+        )
+    for file in sorted(set(files.values())):
+        if pathlib.PurePath(file).is_absolute() or ".." in pathlib.PurePath(file).parts:
+            raise ValueError(
+                f"{index.name} names {file}, which is outside of its directory. Put the file "
+                "beside the index, and write its name alone into it."
+            )
+        if not file.endswith(".safetensors"):
+            raise ValueError(f"{index.name} names {file}, which is no .safetensors file. {remedy}")
+    return {name: index.parent / file for name, file in files.items()}
+
+
+def _parts(files: Iterable[pathlib.Path]) -> dict[pathlib.Path, dict[str, jax.ShapeDtypeStruct]]:
+    """The arrays of each of several .safetensors files."""
+    parts = {}
+    for file in files:
+        try:
+            parts[file] = _tensors(file)
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:
+            said = str(error).rstrip(".")
+            raise ValueError(f"{file.name}: {said}. Download it again.") from error
+    return parts
+
+
+def _together(
+    parts: Mapping[pathlib.Path, Mapping[str, jax.ShapeDtypeStruct]],
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of all the files, by name. No name may be in two of them."""
+    file_of: dict[str, pathlib.Path] = {}
+    for file, arrays in parts.items():
+        for name in arrays:
+            if name in file_of:
+                raise ValueError(
+                    f"{name} is in {file_of[name].name} and in {file.name}. Give one of them, "
+                    f"like {file}"
+                )
+            file_of[name] = file
+    return {name: parts[file][name] for name, file in file_of.items()}
+
+
+def _nested(arrays: Iterable[tuple[str, jax.ShapeDtypeStruct]]) -> optax.Params:
+    """Dicts of dicts, from names with slashes, or with dots where none has a slash.
+
+    A name can be that of an array and the beginning of others, as in quantised weights.
+    The others are then beside the array, each with one key for the rest of its name.
+
+    Example:
+      >>> _nested([("mlp.w", 1), ("mlp.w.absmax", 2), ("mlp.b", 3)])
+      {'mlp': {'w': 1, 'w.absmax': 2, 'b': 3}}
+    """
+    arrays = list(arrays)
+    names = {name for name, _ in arrays}
+    separator = "/" if any("/" in name for name in names) else "."
+    tree: dict[str, Any] = {}
+    for name, array in arrays:
+        *above, last = _keys(name, separator, names)
         node = tree
         for key in above:
-            below = node.setdefault(key, {})
-            if not isinstance(below, dict):
-                raise ValueError(f"{name} is below another of its arrays.")
-            node = below
-        if last in node:
-            raise ValueError(f"{name} is there twice, or above another of its arrays.")
-        node[last] = leaf
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                break
+        if not isinstance(node, dict) or last in node:
+            raise ValueError(f"{name} is there twice, or has the path of another of its arrays.")
+        node[last] = array
     return tree
+
+
+def _keys(name: str, separator: str, names: Set[str]) -> list[str]:
+    """The keys of an array; where the first of them name an array, too, one key for the rest."""
+    keys = name.split(separator)
+    for end in range(1, len(keys)):
+        if separator.join(keys[:end]) in names:
+            return [*keys[: end - 1], ".".join(keys[end - 1 :])]
+    return keys

@@ -8,6 +8,7 @@ they first meet data, each of which meets what the one before it has made.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -15,15 +16,23 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
-import optax
 
-from depthsmooth.axes import Origin, Span, spans_of
+from depthsmooth.axes import Factor, Origin, Span, spans_of
 from depthsmooth.composition import Composition
 from depthsmooth.counters import Loop
 from depthsmooth.layers import Axes
 from depthsmooth.layout import Depth, DepthNotFoundError
 from depthsmooth.mesh import manual_axes
-from depthsmooth.places import Place, Shape, common_path, leaves_of, shape_of
+from depthsmooth.models import (
+    check_no_optimizer,
+    ends_of_perceptrons,
+    is_array,
+    is_model,
+    parts_of,
+    remedy_of,
+    without_parameters,
+)
+from depthsmooth.places import Place, Shape, common_path, shape_of
 from depthsmooth.siblings import (
     Family,
     Known,
@@ -34,9 +43,11 @@ from depthsmooth.siblings import (
     families_of,
     holds_layers,
     is_layer_name,
+    name_kinds,
+    starred,
 )
 from depthsmooth.track import Leaf
-from depthsmooth.walk import Piece, Taken, Walk
+from depthsmooth.walk import Chain, Join, Piece, Taken, Walk
 
 if TYPE_CHECKING:
     from jax.extend import core  # its import takes 50 ms
@@ -46,29 +57,31 @@ _Chain = tuple[tuple[Loop, ...], list[Span] | None]
 
 
 def trace_depth(
-    fn: Callable[..., object], params: optax.Params, /, *args: object, **kwargs: object
+    fn: Callable[..., object], model: object, /, *args: object, **kwargs: object
 ) -> Depth:
     """Finds the depth axes of parameters by following them through a function.
 
     An axis is depth where the function scans over it in a loop that composes
-    layers. Nothing is computed and nothing is allocated.
+    layers. Nothing is computed or allocated, and the model stays as it is.
 
     Args:
-      fn: the forward pass or the loss, called as ``fn(params, *args, **kwargs)``.
+      fn: the forward pass or the loss, called as ``fn(model, *args, **kwargs)``.
         Prefer the forward pass to its gradient: it is quicker to follow.
-      params: the tree that the optimizer will be given: arrays or
-        ``jax.ShapeDtypeStruct``.
+      model: what ``fn`` takes: a tree of parameters, a Flax NNX or an Equinox module,
+        or any tree that holds these. ``jax.ShapeDtypeStruct`` may stand for arrays.
       *args: further arguments of ``fn``. Arrays and ``jax.ShapeDtypeStruct`` are
         traced by shape and dtype; all else is passed on as it is.
       **kwargs: further keyword arguments, likewise.
 
     Returns:
-      The Depth, with a group for each stack of layers.
+      The Depth, with a group for each stack of layers. Its paths are those of the
+      tree that the optimizer gets: the tree of parameters,
+      ``nnx.state(model, nnx.Param)``, or ``eqx.filter(model, eqx.is_inexact_array)``.
 
     Raises:
       DepthNotFoundError: if no parameter is scanned over in a loop over layers.
-      ValueError: if a parameter is scanned over along two axes, or ``fn`` can't be
-        called.
+      ValueError: if a parameter is scanned over along two axes, ``fn`` can't be
+        called, or it takes another kind of model.
 
     Example:
       >>> def forward(params, x):
@@ -84,32 +97,40 @@ def trace_depth(
     """
     if not callable(fn):
         raise ValueError(
-            f"trace_depth takes the function first, then params, but {type(fn).__name__} can't be "
-            "called."
+            "trace_depth takes the function first, then the parameters or the model, but "
+            f"{type(fn).__name__} can't be called."
         )
     if manual_axes():
         raise ValueError(
             "trace_depth is called in shard_map, where arrays are parts of others. Call it "
             "outside, with the whole ones, or with jax.ShapeDtypeStruct."
         )
-    leaves, treedef = jax.tree_util.tree_flatten(params)
-    paths = [path for path, _ in leaves_of(params)[0]]
-    for path, leaf in zip(paths, leaves, strict=True):
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, complex | float | int):
-            raise ValueError(
-                f"{path} is a {type(leaf).__name__}, but the parameters have to be arrays: the "
-                "tree that the optimizer is given, like state.params of a TrainState, or "
-                "eqx.filter(model, eqx.is_inexact_array)."
-            )
+    check_no_optimizer(model)
+    paths, leaves, rest, join = parts_of(model)
+    if not paths:
+        raise DepthNotFoundError(without_parameters(fn, model))
 
-    def of_leaves(leaves: Sequence[jax.Array], /, *args: object, **kwargs: object) -> object:
-        return fn(jax.tree_util.tree_unflatten(treedef, leaves), *args, **kwargs)
+    def of_leaves(
+        leaves: Sequence[jax.Array], rest: Sequence[jax.Array], /, *args: object, **kwargs: object
+    ) -> object:
+        return fn(join(leaves, rest), *args, **kwargs)
 
+    try:
+        jaxpr = _jaxpr_of(of_leaves, leaves, (rest, *args), kwargs)
+    except Exception as error:
+        remedy = remedy_of(error, model)
+        if remedy:
+            raise ValueError(remedy) from error
+        if is_model(fn):
+            error.add_note(_function_first(fn))
+        raise
     walk = Walk()
-    walk.function(_jaxpr_of(of_leaves, leaves, args, kwargs), len(leaves))
-    placing = _Placing(walk, paths, [shape_of(leaf) for leaf in leaves])
+    walk.function(jaxpr, len(leaves))
+    shapes = [shape_of(leaf) for leaf in leaves]
+    placing = _Placing(walk, paths, shapes, ends_of_perceptrons(model))
     if not placing.places:
-        raise DepthNotFoundError(_nothing_found(placing, paths, leaves, bool(walk.first_met)))
+        nothing = _nothing_found(placing, paths, leaves, bool(walk.first_met))
+        raise DepthNotFoundError(f"{_function_first(fn)} {nothing}" if is_model(fn) else nothing)
     alone = "it is no layer of a loop, and no sibling of another"
     return Depth(
         tuple(
@@ -121,25 +142,35 @@ def trace_depth(
     )
 
 
+def _function_first(fn: Callable[..., object]) -> str:
+    """What to do about a model that is given in the place of the function."""
+    return (
+        f"The function that was given is a {type(fn).__name__} with parameters of its own. If "
+        "these are to be followed, give the function first, then the model: "
+        "trace_depth(loss, model, *args)."
+    )
+
+
 def _nothing_found(
     placing: _Placing, paths: Sequence[str], leaves: Sequence[jax.Array], are_used: bool
 ) -> str:
     """What to do about a function that composes no layers: with what speaks against each."""
-    if not paths:
-        return "There are no parameters. Give trace_depth the tree that the optimizer is given."
+    named = [
+        f"{path or 'the array'} {shape_of(leaf)}" for path, leaf in zip(paths, leaves, strict=True)
+    ]
     if not are_used:
         return (
-            "In the function no data meets any parameter, like "
-            f"{paths[0]} {shape_of(leaves[0])}. Give it as fn(params, *args), with these as its "
-            "first argument, and its data among args: what it makes itself are constants."
+            f"In the function no data meets any parameter, like {named[0]}. Give it as "
+            "fn(model, *args), with these in its first argument, and its data among args: what it "
+            "makes itself are constants."
         )
     examples = {why: leaf for leaf, why in sorted(placing.reasons.items(), reverse=True)}
     reasons = [
-        f"{paths[leaf]} {shape_of(leaves[leaf])} is left alone: {why}."
+        f"{named[leaf]} is left alone: {why}."
         for why, leaf in sorted(examples.items(), key=lambda example: example[1])
     ]
     return (
-        f"No parameter, like {paths[0]} {shape_of(leaves[0])}, certainly holds layers that this "
+        f"No parameter, like {named[0]}, certainly holds layers that this "
         "function composes, in a loop or as numbered siblings one after another. "
         f"{' '.join([*reasons[:4], ''])}If there are layers, say where: "
         "Depth.from_rules({'.*layers/.*': axis}) if they are stacked, "
@@ -156,13 +187,13 @@ def _jaxpr_of(
     """The jaxpr of ``fn(leaves, *args, **kwargs)``; its first inputs are the leaves."""
     leaves, (args, kwargs) = jax.tree.map(_unsplit, (leaves, (args, kwargs)))
     values, treedef = jax.tree_util.tree_flatten((args, kwargs))
-    is_array = [hasattr(value, "shape") and hasattr(value, "dtype") for value in values]
-    traced = {i: value for i, value in enumerate(values) if is_array[i]}
+    traced = {i: value for i, value in enumerate(values) if is_array(value)}
 
-    def of_arrays(leaves: Sequence[jax.Array], arrays: dict[int, jax.Array]) -> object:
+    def of_arrays(leaves: Sequence[jax.Array], arrays: dict[int, jax.Array]) -> list[jax.Array]:
         merged = [arrays.get(i, value) for i, value in enumerate(values)]
         args, kwargs = jax.tree_util.tree_unflatten(treedef, merged)
-        return fn(leaves, *args, **kwargs)
+        out = jax.tree.leaves(fn(leaves, *args, **kwargs))
+        return [leaf for leaf in out if isinstance(leaf, jax.Array)]
 
     with jax.disable_jit(False):  # with it, a scan would be unrolled
         jaxpr: core.Jaxpr = jax.make_jaxpr(of_arrays)(leaves, traced).jaxpr
@@ -188,12 +219,14 @@ class _Stack(NamedTuple):
       axes: the axes that they run along, outer to inner.
       flipped: which of these they run along from the last to the first.
       anywhere: all the loops over layers that take slices of it.
+      join: where it lies in an axis that it shares with others, if they run along that.
     """
 
     loops: tuple[Loop, ...]
     axes: Axes
     flipped: tuple[int, ...]
     anywhere: frozenset[Loop]
+    join: Join | None = None
 
 
 class _Turn(NamedTuple):
@@ -203,12 +236,14 @@ class _Turn(NamedTuple):
       first: the place of its first layer in the round.
       each: its layers in a round.
       round: all layers in a round.
+      group: the group of the layers.
       tensor: which of the layer's tensors it holds.
     """
 
     first: int
     each: int
     round: int
+    group: str
     tensor: str
 
 
@@ -220,10 +255,12 @@ class _Placing:
       reasons: for others that could have been taken for it, why they are not.
     """
 
-    def __init__(self, walk: Walk, paths: Sequence[str], shapes: Sequence[Shape]) -> None:
+    def __init__(
+        self, walk: Walk, paths: Sequence[str], shapes: Sequence[Shape], ends: Set[str]
+    ) -> None:
         self.places: dict[int, Place] = {}
         self.reasons: dict[int, str] = {}
-        self._walk, self._paths, self._shapes = walk, paths, shapes
+        self._walk, self._paths, self._shapes, self._ends = walk, paths, shapes, ends
         self._index = {path: leaf for leaf, path in enumerate(paths)}
         self._names = collections.Counter[str]()
         self._composition = Composition(walk, self._index)
@@ -237,50 +274,104 @@ class _Placing:
         """Places the leaves that loops over layers take slices of, and gives all of these."""
         stacks, seen = {}, set()
         for leaf, chains in sorted(self._walk.taken.items()):
-            if any(loop in self._walk.layer_loops for taken, _ in chains for loop, _ in taken):
+            if any(loop in self._walk.layer_loops for chain in chains for loop, _ in chain.taken):
                 seen.add(leaf)
                 stack = self._stack(leaf, chains)
                 if stack:
                     stacks[leaf] = stack
             else:
                 self.reasons[leaf] = "the loops that take slices of it do not compose them"
-        for leaves in _groups({leaf: stack.anywhere for leaf, stack in stacks.items()}):
-            why = self._doubt_of(leaves, stacks)
-            if why:
-                self.reasons |= dict.fromkeys(leaves, why)
-                continue
-            group = self._name(leaves)
-            turns = self._turns(leaves, stacks)
-            for leaf in leaves:
-                shape, (_, axes, flipped, _) = self._shapes[leaf], stacks[leaf]
-                sizes = [shape[axis] for axis in axes]
-                index = np.arange(math.prod(sizes)).reshape(sizes)
-                order = np.flip(index, flipped).reshape(-1)
-                first, each, round_, tensor = turns[leaf]
-                layers = order // each * round_ + first + order % each
-                if layers.size:
-                    held = tuple(map(int, layers))
-                    self.places[leaf] = Place(group, tensor, axes, held, "trace")
+        for together in _groups({leaf: stack.anywhere for leaf, stack in stacks.items()}):
+            for leaves in self._orders_in(together, stacks):
+                why = self._doubt_of(leaves, stacks)
+                if why:
+                    self.reasons |= dict.fromkeys(leaves, why)
+                else:
+                    self._place_stack(leaves, stacks)
         return seen
 
-    def _stack(self, leaf: int, chains: Iterable[tuple[Taken, Origin]]) -> _Stack | None:
+    def _orders_in(
+        self, leaves: Sequence[int], stacks: Mapping[int, _Stack]
+    ) -> list[Sequence[int]]:
+        """The leaves of loops in their orders: that of the innermost loops, and one of rounds.
+
+        What only the outer of two loops takes slices of is a layer in each round if data that
+        the loop carries is contracted with it, as with the global attention of gemma4 behind
+        five local ones. Projections of other data, norms and gates beside the inner loop are
+        none: they have an order of their own.
+        """
+        most = max(len(stacks[leaf].loops) for leaf in leaves)
+        chains = {stacks[leaf].loops for leaf in leaves}
+        beside = {
+            chain
+            for chain in chains
+            if len(chain) < most
+            and any(other[: len(chain)] == chain != other for other in chains)
+            and not any(
+                (leaf, chain[-1]) in self._walk.composing
+                for leaf in leaves
+                if stacks[leaf].loops == chain
+            )
+        }
+        orders = [[leaf for leaf in leaves if stacks[leaf].loops not in beside]]
+        orders += [[leaf for leaf in leaves if stacks[leaf].loops == c] for c in sorted(beside)]
+        return [order for order in orders if order]
+
+    def _place_stack(self, leaves: Sequence[int], stacks: Mapping[int, _Stack]) -> None:
+        """Places the leaves of one group."""
+        turns = self._turns(leaves, stacks)
+        for leaf in leaves:
+            axes, order = self._layers_in(leaf, stacks[leaf])
+            turn = turns[leaf]
+            layers = order // turn.each * turn.round + turn.first + order % turn.each
+            if layers.size:
+                held = tuple(map(int, layers))
+                self.places[leaf] = Place(turn.group, turn.tensor, axes, held, "trace")
+
+    def _layers_in(self, leaf: int, stack: _Stack) -> tuple[Axes, np.ndarray]:
+        """The axes of a leaf that run over its layers, and the number of each layer on them."""
+        sizes = self._sizes(leaf, stack)
+        order = np.flip(np.arange(math.prod(sizes)).reshape(sizes), stack.flipped)
+        if stack.join is None:
+            return stack.axes, order.reshape(-1)
+        at = stack.axes.index(len(self._shapes[leaf]))
+        order = np.take(order, range(stack.join.start, stack.join.stop), at)
+        for own in stack.join.own:
+            order = np.flip(order, at) if own.stride < 0 else order
+        mine = tuple(factor.axis for factor in stack.join.own)
+        return (*stack.axes[:at], *mine, *stack.axes[at + 1 :]), order.reshape(-1)
+
+    def _sizes(self, leaf: int, stack: _Stack) -> list[int]:
+        """The sizes of the axes that loops run along."""
+        shared = () if stack.join is None else (stack.join.total,)
+        sizes = (*self._shapes[leaf], *shared)
+        return [sizes[axis] for axis in stack.axes]
+
+    def _stack(self, leaf: int, chains: Iterable[Chain]) -> _Stack | None:
         """What loops over layers make of a leaf, from the slices they take of slices."""
         found: list[_Chain] = []
-        for chain, origin in chains:
-            taken = [(loop, along) for loop, along in chain if loop in self._walk.layer_loops]
-            if taken:
-                known = all(along for _, along in taken)
-                factors = [factor for _, along in taken for factor in along]
-                found.append(
-                    (tuple(loop for loop, _ in taken), spans_of(factors, origin) if known else None)
-                )
+        joins: set[Join | None] = set()
+        for taken, origin, join in chains:
+            over_layers = tuple(step for step in taken if step[0] in self._walk.layer_loops)
+            if over_layers:
+                found.append(self._chain(leaf, over_layers, origin, is_first=not found))
+                joins.add(join)
         loops, spans = max(found, key=lambda taken: (taken[1] is not None, len(taken[0])))
         same = all(others == spans for by, others in found if by == loops)
         if spans is None or not same or not self._are_in_order(leaf, spans, found):
             self.reasons[leaf] = "the order in which loops take its slices is not certain"
             return None
         axes = tuple(span.axis for span in spans)
-        seen = sorted({span.axis for _, others in found for span in others or ()})
+        runs = [span for _, others in found for span in others or ()]
+        seen = sorted({span.axis for span in runs})
+        shared = None
+        if len(self._shapes[leaf]) in seen:
+            shared = self._join_of(leaf, runs, joins)
+            if shared is None or not set(seen) <= set(axes):
+                self.reasons[leaf] = (
+                    "it is put together with others in an order that is not certain"
+                )
+                return None
         if not set(seen) <= set(axes):
             raise ValueError(
                 f"{self._paths[leaf]} {self._shapes[leaf]} is scanned over along the axes {seen} "
@@ -289,7 +380,53 @@ class _Placing:
             )
         flipped = tuple(k for k, span in enumerate(spans) if span.backwards)
         anywhere = frozenset(loop for loops, _ in found for loop in loops)
-        return _Stack(loops, axes, flipped, anywhere)
+        return _Stack(loops, axes, flipped, anywhere, shared)
+
+    def _chain(self, leaf: int, taken: Taken, origin: Origin, is_first: bool) -> _Chain:
+        """Loops that take one of another's slices, with what they run along, if it is certain.
+
+        Steps along an axis that are taken by themselves within those of a loop along it, as in
+        a loop over pairs of layers, count as the loop that they would be. Their order is that
+        of the first loops: those of the backward pass come back to what has been met.
+        """
+        loops = tuple(loop for loop, _ in taken)
+        if not all(along for _, along in taken):
+            return loops, None
+        factors = [factor for _, along in taken for factor in along]
+        last = factors[-1]
+        pieces = self._composition.pieces.get(leaf, [])
+        cuts = [
+            (start, stop)
+            for _, ranges in pieces
+            for axis, start, stop in ranges
+            if axis == ~last.axis
+        ]
+        if cuts:
+            start, direction = origin[last.axis], 1 if last.stride > 0 else -1
+            steps = [(start + k, start + k + 1) for k in range(abs(last.stride))][::direction]
+            if not is_first or cuts != steps or not self._composition.is_chain(pieces):
+                return loops, None
+            factors.append(Factor(last.axis, direction, abs(last.stride)))
+            loops = (*loops, (*loops[-1], -1))
+        return loops, spans_of(factors, origin)
+
+    def _join_of(
+        self, leaf: int, spans: Sequence[Span], joins: Iterable[Join | None]
+    ) -> Join | None:
+        """Where in an axis that it shares with others a leaf lies with all that it has, if so.
+
+        The loops have to run over all of that axis, so that each of the others has its turn.
+        """
+        shape, places = self._shapes[leaf], {join and join[1:] for join in joins}
+        join = next(iter(joins))
+        if len(places) > 1 or join is None:
+            return None
+        runs = {(span.start, span.stop) for span in spans if span.axis == len(shape)}
+        own = [factor for factor in join.own if abs(factor.stride) == 1]
+        is_new = not join.own and join.stop - join.start == 1
+        is_whole = len(own) == 1 and own[0].size == shape[own[0].axis] == join.stop - join.start
+        is_apart = not {span.axis for span in spans} & {factor.axis for factor in own}
+        return join if runs == {(0, join.total)} and (is_new or (is_whole and is_apart)) else None
 
     def _are_in_order(self, leaf: int, spans: Sequence[Span], found: Sequence[_Chain]) -> bool:
         """Whether the parts of a stack that are taken one after another are so in the stack.
@@ -305,13 +442,18 @@ class _Placing:
             parts: dict[tuple[int, int], Piece] = {}
             for piece in self._composition.pieces.get(leaf, []):
                 cuts = [(start, stop) for axis, start, stop in piece[1] if axis == along.axis]
-                parts.setdefault(cuts[0] if cuts else (0, self._shapes[leaf][along.axis]), piece)
-            in_loops = [part for part in parts if part[1] - part[0] > 1]
+                sizes = (*self._shapes[leaf], along.stop)
+                parts.setdefault(cuts[0] if cuts else (0, sizes[along.axis]), piece)
             order = list(parts)[:: -1 if along.backwards else 1]
-            if len(parts) > 1 and (
-                not set(in_loops) <= backwards.keys()
-                or any(before[1] > after[0] for before, after in itertools.pairwise(order))
-                or not self._composition.is_chain(list(parts.values()))
+            in_loops, taken = (
+                {part for part in found if part[1] - part[0] > 1} for found in (parts, backwards)
+            )
+            if in_loops != taken or (
+                len(parts) > 1
+                and (
+                    any(before[1] > after[0] for before, after in itertools.pairwise(order))
+                    or not self._composition.is_chain(list(parts.values()))
+                )
             ):
                 return False
             if set(backwards.values()) != {along.backwards}:
@@ -336,7 +478,7 @@ class _Placing:
         taken: dict[int, list[Piece]] = {}
         for piece in self._composition.pieces.get(leaf, []):
             for axis, start, stop in piece[1]:
-                if stop == start + 1:
+                if axis >= 0 and stop == start + 1:
                     taken.setdefault(axis, []).append(piece)
         return any(
             axis not in axes and len(pieces) > 1 and self._composition.is_chain(pieces)
@@ -346,36 +488,60 @@ class _Placing:
     def _turns(self, leaves: Sequence[int], stacks: Mapping[int, _Stack]) -> dict[int, _Turn]:
         """How the layers of the leaves of one group take turns."""
         inner = {leaf: stacks[leaf].loops[1:] for leaf in leaves}
+        tensors = self._tensors(leaves, stacks)
+        if any(stacks[leaf].join for leaf in leaves):
+            group = self._name(leaves, starred([self._paths[leaf] for leaf in leaves])[0])
+            return {leaf: _Turn(0, 1, 1, group, tensors[leaf]) for leaf in leaves}
+        group = self._name(leaves)
         if len(set(inner.values())) > 1 and len({stacks[leaf].loops[0] for leaf in leaves}) == 1:
-            return self._nested_turns(leaves, stacks, inner)
-        turns = {leaf: _Turn(0, 1, 1, self._paths[leaf]) for leaf in leaves}
+            return self._nested_turns(leaves, stacks, inner, group)
+        turns = {leaf: _Turn(0, 1, 1, group, self._paths[leaf]) for leaf in leaves}
         node = self._node(leaves)
         while len(node.children) == 1 and not node.is_leaf:
             [node] = node.children.values()
         for family in families_of(node):
-            members = list(family.members.values())
-            whole = sum(len(member.leaves) for member in members) == len(leaves)
-            are_blocks = members[0].is_block and family.repeats
-            if not (whole and is_layer_name(family.name) and are_blocks):
-                continue
-            ordered = self._composition.in_order(members) if len(members) > 1 else None
-            for j, member in enumerate(ordered or []):
-                for leaf in member.leaves:
-                    tensor = family.tensor(member, leaf)
-                    turns[self._index[leaf.path]] = _Turn(j, 1, len(members), tensor)
+            whole = sum(len(member.leaves) for member in family.members.values()) == len(leaves)
+            if whole and is_layer_name(family.name) and family.first.is_block:
+                turns |= self._turns_of(family, group)
         return turns
+
+    def _turns_of(self, family: Family, group: str) -> dict[int, _Turn]:
+        """The turns of stacks that are blocks one after another in each round, by their kinds."""
+        kinds = family.kinds
+        orders = [self._composition.in_order(list(kind.members.values())) for kind in kinds]
+        names = name_kinds(group, [2] * len(kinds))
+        turns: dict[int, _Turn] = {}
+        for name, kind, order in zip(names, kinds, orders, strict=True):
+            if order is None or len(kinds) == len(family.members):
+                return {}
+            for j, member in enumerate(order):
+                turns |= {
+                    self._index[leaf.path]: _Turn(j, 1, len(order), name, kind.tensor(member, leaf))
+                    for leaf in member.leaves
+                }
+        return turns
+
+    def _tensors(self, leaves: Sequence[int], stacks: Mapping[int, _Stack]) -> dict[int, str]:
+        """The names of the tensors of leaves, of which some are put together before the loop."""
+        sites: dict[object, list[int]] = {}
+        for leaf in leaves:
+            join = stacks[leaf].join
+            sites.setdefault(join.site if join else leaf, []).append(leaf)
+        return {
+            leaf: "/".join(filter(None, starred([self._paths[other] for other in together])))
+            for together in sites.values()
+            for leaf in together
+        }
 
     def _nested_turns(
         self,
         leaves: Sequence[int],
         stacks: Mapping[int, _Stack],
         inner: Mapping[int, tuple[Loop, ...]],
+        group: str,
     ) -> dict[int, _Turn]:
         """The turns in a loop that runs further loops over layers, and layers beside them."""
-        counts = {
-            leaf: math.prod(self._shapes[leaf][axis] for axis in stacks[leaf].axes[1:])
-            for leaf in leaves
-        }
+        counts = {leaf: math.prod(self._sizes(leaf, stacks[leaf])[1:]) for leaf in leaves}
         units = sorted(
             set(inner.values()),
             key=lambda unit: min(
@@ -385,54 +551,86 @@ class _Placing:
         sizes = [max(counts[leaf] for leaf in leaves if inner[leaf] == unit) for unit in units]
         starts = dict(zip(units, itertools.accumulate([0, *sizes]), strict=False))
         return {
-            leaf: _Turn(starts[inner[leaf]], counts[leaf], sum(sizes), self._paths[leaf])
+            leaf: _Turn(starts[inner[leaf]], counts[leaf], sum(sizes), group, self._paths[leaf])
             for leaf in leaves
         }
 
     def _place_siblings(self, node: Node) -> None:
         """Places the siblings below a node that are layers; within layers nothing else is."""
-        for child in besides_layers(node, self._place_family):
+        for child in besides_layers(node, self._layers_among):
             if not child.is_leaf:
                 self._place_siblings(child)
 
-    def _place_family(self, family: Family, parts: bool) -> bool:
-        """Whether siblings are layers, or named like it: there is nothing more to find there."""
-        members = list(family.members.values())
+    def _layers_among(self, family: Family, parts: bool) -> Iterable[Node]:
+        """The siblings that are layers, or named like it: there is nothing more to find in them."""
         is_named = is_layer_name(family.name)
-        if len(members) == 1:
-            return is_named and members[0].is_block and not holds_layers(members[0])
+        family = self._without_ends(family)
+        if len(family.members) < 2:
+            nodes = family.members.values()
+            return [node for node in nodes if is_named and node.is_block and not holds_layers(node)]
         if not (family.repeats or parts):
-            return False
-        # What comes before and after the layers in one list with them is none of them.
-        layers = [member for member in members if member not in family.strangers]
-        ordered = self._composition.in_order(layers)
+            return []
+        # What is alone of its kind, before and after the layers in one list, is none of them.
+        kinds = [kind for kind in family.kinds if len(kind.members) > 1]
+        settled = [self._place_kind(kind, family, is_named, parts) for kind in kinds]
+        return [node for nodes in settled for node in nodes]
+
+    def _without_ends(self, family: Family) -> Family:
+        """The siblings without those that are known to be the first and the last of a model."""
+        members = {k: node for k, node in family.members.items() if node.path not in self._ends}
+        why = "it is the first or the last matrix of a perceptron, and no hidden layer"
+        for node in family.members.values():
+            if node.path in self._ends:
+                self.reasons |= {self._index[leaf.path]: why for leaf in node.leaves}
+        return dataclasses.replace(family, members=members)
+
+    def _place_kind(
+        self, kind: Family, family: Family, is_named: bool, parts: bool
+    ) -> Iterable[Node]:
+        """Places siblings of one kind if they are layers; those in which nothing else is."""
+        members = list(kind.members.values())
+        ordered = self._composition.in_order(members)
         inner = [
             inner
-            for inner in blocks_within(family)
+            for inner in blocks_within(kind)
             if self._composition.in_order(list(inner.members.values()))
         ]
         why = ""
-        if not (is_named or family.is_list or parts):
-            why = "its siblings are not named after layers"
-        elif ordered is None:
+        if ordered is None:
             why = "its siblings do not compose"
         elif inner:
             why = f"its siblings hold what may be layers, {inner[0].group}, themselves"
-        elif not (is_named or parts) and (
-            not family.is_uniform
-            or len(members) < 3
-            or members[0].is_leaf
-            or are_beside([family.name])
-        ):
-            why = "its siblings, a list that is not named after layers, may be parts of a network"
+        elif not (is_named or parts):
+            why = self._doubt_of_names(kind, ordered, family)
         if why or ordered is None:
             self.reasons |= {self._index[leaf.path]: why for m in members for leaf in m.leaves}
-            return is_named and bool(inner)
+            return members if is_named and inner else []
         for layer, member in enumerate(ordered):
             for leaf in member.leaves:
-                place = Place(family.group, family.tensor(member, leaf), (), (layer,), "trace")
+                place = Place(kind.group, kind.tensor(member, leaf), (), (layer,), "trace")
                 self.places[self._index[leaf.path]] = place
-        return True
+        return members
+
+    def _doubt_of_names(self, kind: Family, ordered: Sequence[Node], family: Family) -> str:
+        """Why siblings that compose, and are not named after layers, may be none, if so.
+
+        A generator and a discriminator compose, a block's matrices do, and so do the towers of
+        a model. What is certain are three or more, in the order of their numbers.
+        """
+        members = list(kind.members.values())
+        # The first and the last matrix of a perceptron have other shapes.
+        count = len(family.members) if family.is_uniform else len(members)
+        if are_beside([kind.name]):
+            return "its siblings are named after what is side by side"
+        if any(member.is_leaf for member in members) or count < 3:
+            return "its siblings, which are not named after layers, may be parts of a network"
+        if list(ordered) != members:
+            return "its siblings, which are not named after layers, are not in numeric order"
+        is_sequential = family.is_list and family.is_uniform
+        is_module = sum(leaf.keys[-1] not in ("b", "bias") for leaf in kind.first.leaves) < 2
+        if is_module and not (is_sequential or self._composition.is_regular(ordered)):
+            return "its siblings, which are not named after layers, may be parts of a block"
+        return ""
 
     def _place_indexed(self, stacked: Set[int]) -> None:
         """Places the stacks whose slices are taken one by one, as by ``w[0]`` and ``w[1]``."""
@@ -480,11 +678,23 @@ class _Placing:
         return beside <= pairs and (bool(named) or len(beside) > 1)
 
     def _node(self, leaves: Iterable[int]) -> Node:
-        return Node("", tuple(Known(self._paths[leaf], self._shapes[leaf]) for leaf in leaves))
+        met, contracted = self._composition.pieces, self._walk.contracted
+        return Node(
+            "",
+            tuple(
+                Known(
+                    self._paths[leaf],
+                    self._shapes[leaf],
+                    multiplies=leaf in met and leaf not in contracted,
+                    in_pieces=len(met.get(leaf, ())) > 1,
+                )
+                for leaf in leaves
+            ),
+        )
 
-    def _name(self, leaves: Sequence[int]) -> str:
-        """A name of its own for a group: what the paths have in common."""
-        name = common_path([self._paths[leaf] for leaf in leaves]) or "layers"
+    def _name(self, leaves: Sequence[int], name: str = "") -> str:
+        """A name of its own for a group: what the paths have in common, or a given one."""
+        name = name or common_path([self._paths[leaf] for leaf in leaves]) or "layers"
         self._names[name] += 1
         return f"{name} ({self._names[name]})" if self._names[name] > 1 else name
 

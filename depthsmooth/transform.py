@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
@@ -14,12 +15,12 @@ from depthsmooth import cuts as cuts_
 from depthsmooth import stencil
 from depthsmooth.blocks import Block, Tensor, everywhere, factors_of, norms, ratio, scaled
 from depthsmooth.cuts import Cuts
-from depthsmooth.finding import depth_of
+from depthsmooth.finding import AmbiguousDepthError, depth_of
 from depthsmooth.layers import Halo, narrowed
-from depthsmooth.layout import Depth, Where
+from depthsmooth.layout import Depth, DepthNotFoundError, Where, refuse_depths
 from depthsmooth.mesh import AxisName, manual_axes
 from depthsmooth.operators import Operator, check_operator, window
-from depthsmooth.places import is_masked, leaves_of, nodes_of
+from depthsmooth.places import is_masked, leaves_of, nodes_of, shape_of, shown, some
 from depthsmooth.track import Track
 
 Variant = Literal["standard", "norm_preserving", "directional"]
@@ -112,8 +113,7 @@ def smooth_over_depth(
       Meng, Sugolov, Papyan, `Gradient Smoothing
       <https://arxiv.org/abs/2606.30813>`_, 2026 (Algorithm 1).
     """
-    if isinstance(alpha, Depth):
-        raise ValueError("alpha is a Depth: give that by its name, depth=....")
+    refuse_depths("smooth_over_depth", {"alpha": alpha})
     return augment_over_depth(
         window(alpha),
         depth=depth,
@@ -196,6 +196,7 @@ def augment_over_depth(
       Meng, Sugolov, Papyan, `Gradient Smoothing
       <https://arxiv.org/abs/2606.30813>`_, 2026 (section 3.4, variants).
     """
+    refuse_depths("augment_over_depth", {"operator": operator})
     if variant not in list(_VARIANTS):
         raise ValueError(f"variant is {variant!r}, but has to be one of {', '.join(_VARIANTS)}.")
     return _over_depth(_VARIANTS[variant], operator, depth, where, norm_over, cuts, axis_name)
@@ -239,6 +240,7 @@ def shrink_over_depth(
       >>> tx.update(params, tx.init(params))[0]["layers"].tolist()
       [2.0, -1.0, 0.0]
     """
+    refuse_depths("shrink_over_depth", {"operator": operator})
     return _over_depth(_shrunk, operator, depth, where, norm_over, cuts, axis_name)
 
 
@@ -312,7 +314,7 @@ def _over_depth(
         )
 
     def stencils_of(tree: optax.Params, count: jax.Array) -> dict[Track, stencil.Stencil]:
-        found = depth_of(tree, depth)
+        found = depth_in(tree, depth)
         at = cuts_.of_groups(cuts, found, depth or found, leaves_of(tree)[1])
         selected = found if where is None else found.select(where, tree)
         return _stencils(operator, count, selected, at)
@@ -343,6 +345,40 @@ def _over_depth(
         return updates, SmoothOverDepthState(count=optax.safe_increment(count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def depth_in(tree: optax.Params, depth: Depth | None) -> Depth:
+    """The Depth of a tree that an optimizer was given, or may have been given without one.
+
+    Raises:
+      AmbiguousDepthError: if none was given, and names leave it open.
+      DepthNotFoundError: if none was given, and no layers have such names.
+    """
+    without = "No depth= was given, so layers were looked for by name."
+    try:
+        return depth_of(tree, depth)
+    except DepthNotFoundError as error:
+        raise DepthNotFoundError(f"{without} {error}") from None
+    except AmbiguousDepthError as error:
+        doubts = [
+            f"{_first_of(pattern, tree)} may be "
+            + " or ".join(f"{{{pattern!r}: {rule}}}" for rule in (*rules[:2], "()"))
+            for pattern, rules in error.readings.items()
+        ]
+        raise AmbiguousDepthError(
+            f"{without} Names leave open where they are: {some(doubts, 4)}; () says that they are "
+            "none. Give depth=trace_depth(fn, params, batch), which follows the parameters "
+            "through the forward pass, or depth=find_depth(params, "
+            "known=Depth.from_rules({pattern: rule})) with one of these for each.",
+            error.readings,
+        ) from None
+
+
+def _first_of(pattern: str, tree: optax.Params) -> str:
+    """The first leaf that a pattern matches, as messages name it."""
+    leaves = leaves_of(tree)[0]
+    alike = (leaf for leaf in leaves if re.fullmatch(pattern, leaf[0]))
+    return next((shown(path, shape_of(leaf)) for path, leaf in alike), repr(pattern))
 
 
 def _stencils(

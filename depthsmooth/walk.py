@@ -13,14 +13,24 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from depthsmooth import counters
-from depthsmooth.axes import UNKNOWN, Dimension, Dimensions, Origin, backwards, cut, follow, own
+from depthsmooth.axes import (
+    UNKNOWN,
+    Dimension,
+    Dimensions,
+    Factor,
+    Origin,
+    backwards,
+    cut,
+    follow,
+    own,
+)
 from depthsmooth.counters import Loop, Number
 from depthsmooth.places import Shape
 
@@ -29,6 +39,43 @@ if TYPE_CHECKING:
 
 Taken = tuple[tuple[Loop, Dimension], ...]
 """The loops that took a slice of a parameter, outer to inner, and along what."""
+
+
+class Join(NamedTuple):
+    """Where a parameter lies in an axis that a function makes of several, by stacking them.
+
+    It counts as one more axis of the parameter, behind its own.
+
+    Attributes:
+      site: the equation that joins them.
+      start: where the parameter begins on the axis.
+      stop: where that after it begins.
+      total: the size of the axis.
+      own: what of its own the parameter has along the axis; nothing where it is put there as
+        one.
+    """
+
+    site: Loop
+    start: int
+    stop: int
+    total: int
+    own: Dimension
+
+
+class Chain(NamedTuple):
+    """Slices of a parameter that loops take, and slices of these.
+
+    Attributes:
+      taken: the loops, outer to inner, and along what they run.
+      origin: where on each axis that begins.
+      join: where the parameter lies in an axis that it shares with others, if it does.
+    """
+
+    taken: Taken
+    origin: Origin
+    join: Join | None
+
+
 Piece = tuple[int, tuple[tuple[int, int, int], ...]]
 """A parameter, and the ranges along its axes, from one place to before another, it is cut to."""
 
@@ -47,7 +94,9 @@ class _Part:
       origin: where on each axis of the parameter that begins.
       taken: the loops that took a slice of the parameter, and along what.
       ranges: the parts of its axes that it is cut to, like ``w[3]`` or ``w[:3]``: axis,
-        first place, and that after the last.
+        first place, and that after the last. Within the steps of a loop along the axis, as
+        for the second of each pair of layers, ``~axis``, and the places in the first step.
+      join: where it lies in an axis that it shares with other parameters, if it does.
     """
 
     leaf: int
@@ -55,6 +104,7 @@ class _Part:
     origin: Origin
     taken: Taken = ()
     ranges: tuple[tuple[int, int, int], ...] = ()
+    join: Join | None = None
 
 
 class _Source(NamedTuple):
@@ -80,16 +130,20 @@ class _Value:
     """What an intermediate value is made of.
 
     Attributes:
-      parts: its parameters, if it is made of nothing but parameters and constants.
+      parts: its parameters, if it is made of nothing but parameters and constants, or is a
+        weight that is made of them and of data, like a masked one.
       sources: what else it depends on.
       met: the pieces of parameters that data has met on its way here, as bits.
       number: which integers it is, if that is known.
+      products: where it is a function of one contraction of what a loop carries with slices
+        that the loop takes, element by element: these leaves, and the loop.
     """
 
     parts: frozenset[_Part] = frozenset()
     sources: frozenset[_Source] = frozenset()
     met: int = 0
     number: Number | None = None
+    products: frozenset[tuple[int, Loop]] = frozenset()
 
 
 class Walk:
@@ -99,17 +153,22 @@ class Walk:
     twice has two loops, and a body walked twice has one.
 
     Attributes:
-      taken: for each leaf, the loops that take slices of it, outer to inner, along what,
-        and where that begins: in the order in which they are met.
+      taken: for each leaf, the loops that take slices of it, in the order in which they are
+        met.
       layer_loops: the loops that compose what they do with parameter slices.
+      composing: the leaves that are contracted with what a loop carries, and that loop, but
+        for those of gates: what their product is multiplied with is made by others.
+      contracted: the leaves that are contracted with data.
       first_met: for each piece of a parameter (the parameter, and what was taken of it by
         itself) the pieces that were behind the data it met first; in that order.
       bits: the bit of each piece among those that data has met.
     """
 
     def __init__(self) -> None:
-        self.taken: dict[int, dict[tuple[Taken, Origin], None]] = {}
+        self.taken: dict[int, dict[Chain, None]] = {}
         self.layer_loops: set[Loop] = set()
+        self.composing: set[tuple[int, Loop]] = set()
+        self.contracted: set[int] = set()
         self.first_met: dict[Piece, int] = {}
         self.bits: dict[Piece, int] = {}
         self._callers: Loop = ()
@@ -162,35 +221,123 @@ class Walk:
         name = equation.primitive.name
         if name == "optimization_barrier":
             return list(values)
-        joined = self._join(values)
-        if joined.sources:
-            composed = _composed(equation, values) if name in _CONTRACTIONS else frozenset()
-            product = dataclasses.replace(joined, sources=joined.sources | composed)
-            return [
-                product if _is_inexact(variable) else _chosen(product)
-                for variable in equation.outvars
-            ]
-        if name in ("dynamic_slice", "gather") and values[0].parts:
+        are_indices = name in ("dynamic_slice", "gather") and values[0].parts
+        if are_indices and not any(index.sources for index in values[1:]):
             return [self._take(equation, values)]
-        if joined.parts:
-            return _moved(equation, values)
-        return [_Value(met=joined.met, number=_number(equation, values))] * len(equation.outvars)
+        if not any(value.sources for value in values):
+            if any(value.parts for value in values):
+                return _moved(equation, values, self._callers)
+            number = _number(equation, values)
+            return [_Value(met=_met(values), number=number)] * len(equation.outvars)
+        composed: frozenset[_Source] = frozenset()
+        weights: list[frozenset[_Part]] = [frozenset()] * len(equation.outvars)
+        if name in _CONTRACTIONS:
+            self.contracted.update(part.leaf for value in values for part in value.parts)
+            composed, products = self._composed(equation, values)
+            self._use(values)
+        else:
+            weights = _weights(equation, values, self._callers)
+            products = self._element_by_element(name, values)
+        product = self._join(values, frozenset().union(*weights))
+        product = dataclasses.replace(
+            product, sources=product.sources | composed, products=products
+        )
+        return [
+            dataclasses.replace(product, parts=parts) if _is_inexact(variable) else _chosen(product)
+            for variable, parts in zip(equation.outvars, weights, strict=True)
+        ]
 
-    def _join(self, values: Sequence[_Value]) -> _Value:
-        """A value that depends on several; if on data, what it has met is noted."""
+    def _element_by_element(
+        self, name: str, values: Sequence[_Value]
+    ) -> frozenset[tuple[int, Loop]]:
+        """The products that a result is a function of, if it is one of nothing else.
+
+        If it is not, they are used, unless they are what something else is multiplied with.
+        """
+        products = frozenset().union(*(value.products for value in values))
+        if not products:
+            return products
+        loops = {loop for _, loop in products}
+        carried = [value for value in values if any(s.loop in loops for s in value.sources)]
+        if all(value.products == products for value in carried):
+            return products
+        if name != "mul":
+            self._use(values)
+        return frozenset()
+
+    def _use(self, values: Sequence[_Value]) -> None:
+        """Notes that products are used for more than a factor."""
+        for value in values:
+            self.composing |= value.products
+
+    def _composed(
+        self, equation: core.JaxprEqn, values: Sequence[_Value]
+    ) -> tuple[frozenset[_Source], frozenset[tuple[int, Loop]]]:
+        """The carry slots that a contraction brings together with a slice their loop took.
+
+        The slice has to be a matrix at least: a vector may be a row of one. It may be made of
+        data too, as where a mask is drawn from a key that the loop carries, but not of the
+        slot itself: what data makes of a slice, like a table of positions that it is added
+        to, is no weight.
+        """
+        composed, products = set(), set()
+        for k, (atom, value) in enumerate(zip(equation.invars, values, strict=True)):
+            if not value.parts or sum(size > 1 for size in _shape(atom)) < 2:
+                continue
+            slicing = {
+                (loop, part.leaf)
+                for part in value.parts
+                for loop, along in part.taken
+                if along or not value.sources
+            }
+            loops = {loop for loop, _ in slicing}
+            mine = {(source.loop, source.slot) for source in value.sources}
+            slots = {
+                source
+                for other in (*values[:k], *values[k + 1 :])
+                for source in other.sources
+                if source.loop in loops and (source.loop, source.slot) not in mine
+            }
+            carrying = {source.loop for source in slots}
+            products |= {(leaf, loop) for loop, leaf in slicing if loop in carrying}
+            composed |= {source._replace(composed=True) for source in slots}
+        return frozenset(composed), frozenset(products)
+
+    def _join(self, values: Sequence[_Value], weights: frozenset[_Part] = frozenset()) -> _Value:
+        """A value that depends on several; if on data, what it has met is noted.
+
+        What is still a weight, like a masked one, has not met the data proper, which other
+        parameters have made something of.
+        """
         sources = frozenset().union(*(value.sources for value in values))
         parts = frozenset().union(*(value.parts for value in values))
-        met = 0
-        for value in values:
-            met |= value.met
+        met = _met(values)
         if not sources:
             return _Value(parts, met=met)
-        behind = met
-        for part in sorted(parts, key=lambda part: part.leaf):
-            piece = (part.leaf, part.ranges)
-            self.first_met.setdefault(piece, behind)
-            met |= self.bits.setdefault(piece, 1 << len(self.bits))
+        kept = {part.leaf for part in weights}
+        for piece in sorted({(part.leaf, part.ranges) for part in parts}):
+            behind = _met(
+                [
+                    value
+                    for value in values
+                    if not any((part.leaf, part.ranges) == piece for part in value.parts)
+                ]
+            )
+            if behind or piece[0] not in kept:
+                met |= self._meet(piece, behind)
         return _Value(sources=sources, met=met)
+
+    def _meet(self, piece: Piece, behind: int) -> int:
+        """Notes what is behind the data that a piece meets; gives the piece's bit.
+
+        What counts is when it first meets data that others have made, before what it has made
+        itself comes back to it: a mask has nothing behind it, and the gradient has all.
+        """
+        bit = self.bits.setdefault(piece, 1 << len(self.bits))
+        if behind and self.first_met.get(piece) == 0 and not behind & bit:
+            del self.first_met[piece]  # its place in the order is that of now
+        self.first_met.setdefault(piece, behind)
+        return bit
 
     def _call(self, equation: core.JaxprEqn, values: list[_Value]) -> list[_Value]:
         callee = _callee(equation)
@@ -199,6 +346,7 @@ class Walk:
 
     def _cond(self, equation: core.JaxprEqn, values: list[_Value]) -> list[_Value]:
         predicate, *operands = values
+        self._use(values)
         branches = [self._jaxpr(branch.jaxpr, operands) for branch in equation.params["branches"]]
         return [self._join([predicate, *results]) for results in zip(*branches, strict=True)]
 
@@ -253,6 +401,7 @@ class Walk:
         ]
         while True:
             results = self._jaxpr(body, [*consts, *carry, *sliced])
+            self._use(results[: len(carry)])
             grown = [
                 # What comes back as the very same value is a constant of the loop.
                 value
@@ -284,7 +433,7 @@ class Walk:
         """A part of which a loop takes one slice after another along a dimension."""
         along = backwards(dimension) if step < 0 else dimension
         taken = (*part.taken, (loop, along))
-        self.taken.setdefault(part.leaf, {}).setdefault((taken, part.origin))
+        self.taken.setdefault(part.leaf, {}).setdefault(Chain(taken, part.origin, part.join))
         return dataclasses.replace(part, axes=axes, taken=taken)
 
     def _take(self, equation: core.JaxprEqn, values: Sequence[_Value]) -> _Value:
@@ -313,13 +462,16 @@ class Walk:
             assert number is not None
             starts, stops = [0] * len(before), list(before)
             starts[axis], stops[axis] = range_
-            part = _cut(part, before, starts, stops, (1,) * len(before))
+            cut_part = _cut(part, before, starts, stops, (1,) * len(before))
+            if cut_part is None:
+                continue
+            part = cut_part
             rest = list(part.axes)
             dimension, rest[axis] = rest[axis], UNKNOWN
             if len(after) < len(before):
                 del rest[axis]
             parts.add(self._taken(part, dimension, tuple(rest), number.loop, number.step))
-        return _Value(frozenset(parts), met=operand.met)
+        return dataclasses.replace(operand, parts=frozenset(parts), number=None)
 
 
 def _range(number: Number | None, size: int) -> tuple[int, int] | None:
@@ -346,26 +498,6 @@ def _stack(value: _Value, loop: Loop, step: int, shape: Shape) -> _Value:
     return dataclasses.replace(value, parts=frozenset(parts), number=number)
 
 
-def _composed(equation: core.JaxprEqn, values: Sequence[_Value]) -> frozenset[_Source]:
-    """The carry slots that a contraction brings together with a slice their loop took.
-
-    The slice has to be a matrix at least: a vector may be a row of one.
-    """
-    slicing = {
-        loop
-        for atom, value in zip(equation.invars, values, strict=True)
-        for part in value.parts
-        for loop, _ in part.taken
-        if sum(size > 1 for size in _shape(atom)) > 1
-    }
-    return frozenset(
-        source._replace(composed=True)
-        for value in values
-        for source in value.sources
-        if source.loop in slicing
-    )
-
-
 def _chosen(value: _Value) -> _Value:
     """What goes on as an index, like that of the nearest code, is not composed."""
     sources = frozenset(source._replace(composed=False) for source in value.sources)
@@ -377,7 +509,12 @@ def _outside(value: _Value, loop: Loop) -> _Value:
     inner = {source for source in value.sources if source.loop == loop}
     number = value.number if value.number and value.number.loop != loop else None
     sources = value.sources - inner | {_DATA} if inner else value.sources
-    return dataclasses.replace(value, sources=sources, number=number)
+    products = frozenset((leaf, of) for leaf, of in value.products if of != loop)
+    # Of what a weight made of what is carried, the gradient needs more than the weight.
+    parts = frozenset[_Part]() if inner else value.parts
+    return dataclasses.replace(
+        value, parts=parts, sources=sources, number=number, products=products
+    )
 
 
 def _counter_steps(body: core.Jaxpr, consts: int, carries: int) -> list[int]:
@@ -416,51 +553,120 @@ def _number(equation: core.JaxprEqn, values: Sequence[_Value]) -> Number | None:
     )
 
 
-def _moved(equation: core.JaxprEqn, values: Sequence[_Value]) -> list[_Value]:
+def _weights(
+    equation: core.JaxprEqn, values: Sequence[_Value], callers: Loop
+) -> list[frozenset[_Part]]:
+    """The parameters of which the results, which data is in too, are still weights.
+
+    Whatever is done to a weight before it meets the data proper leaves it a matrix along its own
+    axes: a mask, a frozen part that it is added to, a norm that it is divided by. A scale that
+    activations are multiplied by has but one axis in common with them.
+    """
+    none = [frozenset[_Part]()] * len(equation.outvars)
+    big = [sum(size > 1 for size in _shape(variable)) > 1 for variable in equation.outvars]
+    if not any(big) or not any(value.parts for value in values):
+        return none
+    return [
+        moved.parts if _known_dimensions(moved.parts) > 1 else frozenset[_Part]()
+        for moved in _moved(equation, values, callers)
+    ]
+
+
+def _known_dimensions(parts: Iterable[_Part]) -> int:
+    """The number of dimensions of a value that run along an axis of one of its parameters."""
+    return sum(
+        any(factor.size > 1 for factor in itertools.chain(*dimension))
+        for dimension in zip(*(part.axes for part in parts), strict=True)
+    )
+
+
+def _moved(equation: core.JaxprEqn, values: Sequence[_Value], callers: Loop) -> list[_Value]:
     """The results of a primitive on parameters, with what each of their dimensions runs along."""
-    name, params = equation.primitive.name, equation.params
     results = []
-    for output, variable in enumerate(equation.outvars):
+    for output in range(len(equation.outvars)):
         parts = set()
         for k, (atom, value) in enumerate(zip(equation.invars, values, strict=True)):
             for part in value.parts:
-                before, result = _shape(atom), _shape(variable)
-                axes = follow(name, part.axes, before, result, params, k)
-                moved = dataclasses.replace(part, axes=axes)
-                if name == "slice":
-                    strides = params["strides"] or (1,) * len(before)
-                    ends = params["start_indices"], params["limit_indices"]
-                    moved = _cut(part, before, *ends, strides)
-                elif name in ("split", "unstack"):
-                    at = params["axis"] % len(before)
-                    sizes = params["sizes"] if name == "split" else (1,) * before[at]
-                    starts, stops = [0] * len(before), list(before)
-                    starts[at], stops[at] = sum(sizes[:output]), sum(sizes[: output + 1])
-                    moved = _cut(part, before, starts, stops, (1,) * len(before))
-                    if name == "unstack":
-                        axes = (*moved.axes[:at], *moved.axes[at + 1 :])
-                        moved = dataclasses.replace(moved, axes=axes)
-                parts.add(moved)
+                moved = _moved_part(equation, part, k, _shape(atom), output, callers)
+                if moved is not None:
+                    parts.add(moved)
         results.append(_Value(frozenset(parts), met=_met(values)))
     return results
 
 
+def _moved_part(
+    equation: core.JaxprEqn, part: _Part, k: int, before: Shape, output: int, callers: Loop
+) -> _Part | None:
+    """A part of one operand in one result; None if it is not in it."""
+    name, params = equation.primitive.name, equation.params
+    if name == "slice":
+        strides = params["strides"] or (1,) * len(before)
+        return _cut(part, before, params["start_indices"], params["limit_indices"], strides)
+    if name in ("split", "unstack"):
+        at = params["axis"] % len(before)
+        sizes = params["sizes"] if name == "split" else (1,) * before[at]
+        starts, stops = [0] * len(before), list(before)
+        starts[at], stops[at] = sum(sizes[:output]), sum(sizes[: output + 1])
+        moved = _cut(part, before, starts, stops, (1,) * len(before))
+        if moved is not None and name == "unstack":
+            axes = (*moved.axes[:at], *moved.axes[at + 1 :])
+            return dataclasses.replace(moved, axes=axes)
+        return moved
+    result = _shape(equation.outvars[output])
+    axes = follow(name, part.axes, before, result, params, k)
+    moved = dataclasses.replace(part, axes=axes)
+    if name == "concatenate" and len(equation.invars) > 1 and part.join is None:
+        at = params["dimension"]
+        sizes = [_shape(atom)[at] for atom in equation.invars]
+        return _joined(moved, at, part.axes[at], sizes, k, (*callers, id(equation)))
+    if name == "stack" and len(equation.invars) > 1 and part.join is None:
+        at = params["axis"] % len(result)
+        return _joined(moved, at, UNKNOWN, [1] * len(equation.invars), k, (*callers, id(equation)))
+    return moved
+
+
+def _joined(
+    part: _Part, at: int, own: Dimension, sizes: Sequence[int], k: int, site: Loop
+) -> _Part:
+    """A part that is put together with others along a dimension, which becomes an axis of it."""
+    start, total = sum(sizes[:k]), sum(sizes)
+    axes = list(part.axes)
+    axes[at] = (Factor(len(part.origin), 1, total),)
+    join = Join(site, start, start + sizes[k], total, own)
+    return dataclasses.replace(part, axes=tuple(axes), origin=(*part.origin, 0), join=join)
+
+
 def _cut(
     part: _Part, before: Shape, starts: Sequence[int], stops: Sequence[int], strides: Sequence[int]
-) -> _Part:
-    """A slice of a part, with the range along each axis that it is cut to."""
+) -> _Part | None:
+    """A slice of a part, with the range along each axis that it is cut to; None if it is not in."""
     axes, origin = cut(part.axes, part.origin, before, starts, stops, strides)
     changed = [(old, new) for old, new in zip(part.axes, axes, strict=True) if old != new]
     certain = {factor.axis for old, new in changed if new for factor in old}
     lost = {factor.axis for old, new in changed if not new for factor in old}
     ranges = {axis: (axis, start, stop) for axis, start, stop in part.ranges}
-    for axis in certain - lost:
+    shared = len(origin) - 1 if part.join is not None else -1
+    in_loops = {factor.axis for _, along in part.taken for factor in along}
+    for axis in certain - lost - {shared}:
         factors = [factor for factor in itertools.chain(*axes) if factor.axis == axis]
         length = 1 + sum((factor.size - 1) * abs(factor.stride) for factor in factors)
-        ranges[axis] = (axis, origin[axis], origin[axis] + length)
-    return dataclasses.replace(
+        key = ~axis if axis in in_loops else axis
+        ranges[key] = (key, origin[axis], origin[axis] + length)
+    part = dataclasses.replace(
         part, axes=axes, origin=origin, ranges=tuple(ranges[axis] for axis in sorted(ranges))
     )
+    return None if shared in certain - lost and not _is_within(part, shared) else part
+
+
+def _is_within(part: _Part, axis: int) -> bool:
+    """Whether what is left of an axis that a part shares with others has some of the part."""
+    assert part.join is not None
+    dimensions = [*part.axes, *(along for _, along in part.taken)]
+    factors = [factor for factor in itertools.chain(*dimensions) if factor.axis == axis]
+    places = {part.origin[axis]}
+    for factor in factors:
+        places = {at + abs(factor.stride) * k for at in places for k in range(factor.size)}
+    return any(part.join.start <= at < part.join.stop for at in places)
 
 
 def _met(values: Sequence[_Value]) -> int:

@@ -68,8 +68,7 @@ def main():
     batches = text[starts + np.arange(CONTEXT + 1)].astype("int32")
 
     model = Model(layers=8, width=64, key=jax.random.key(0))
-    params, static = eqx.partition(model, eqx.is_inexact_array)
-    print(depth := ds.trace_depth(lambda p: loss_fn(eqx.combine(p, static), batches[0]), params))
+    print(depth := ds.trace_depth(loss_fn, model, batches[0]))
     tx = optax.chain(
         optax.scale_by_adam(),
         ds.smooth_over_depth(args.alpha, depth=depth),

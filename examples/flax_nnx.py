@@ -74,8 +74,7 @@ def main():
     batches = text[starts + np.arange(33)].astype("int32")
 
     model = Transformer(layers=6, width=32, context=32, rngs=nnx.Rngs(0))
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    print(depth := ds.trace_depth(lambda p: loss_fn(nnx.merge(graph, p, rest), batches[0]), params))
+    print(depth := ds.trace_depth(loss_fn, model, batches[0]))
     tx = ds.adamw(3e-3, weight_decay=0.01, alpha=args.alpha, depth=depth)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 

@@ -4,6 +4,7 @@ import functools
 import inspect
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -492,6 +493,163 @@ def test_decay_mask_and_map_keep_the_tree():
     places = depth.map(lambda path, leaf, place: (path, leaf.shape, place and place.axes), params)
     assert places["stack"] == ("stack", (3, 4), (1,))
     assert places["list"] == [("list/0", (3,), None)]
+
+
+class Net(eqx.Module):
+    """A model of Equinox: it can be called, and so can its parameters, and masks of them."""
+
+    kernel: jax.Array
+    bias: jax.Array
+    head: eqx.nn.Linear
+    activation: object
+
+    def __init__(self):
+        one, two = jax.random.split(jax.random.key(0))
+        self.kernel = jax.random.normal(one, (3, 4, 4)) / 2
+        self.bias = jnp.zeros((3, 4))
+        self.head = eqx.nn.Linear(4, 2, key=two)
+        self.activation = jnp.tanh
+
+    def __call__(self, x):
+        layers = self.kernel, self.bias
+        x, _ = jax.lax.scan(lambda x, wb: (self.activation(x @ wb[0] + wb[1]), None), x, layers)
+        return self.head(x)
+
+
+NET, REST = eqx.partition(Net(), eqx.is_inexact_array)
+OF_NET = ds.Depth.from_rules({"kernel|bias": 0})
+MASK = OF_NET.decay_mask(NET)
+NUMBERS = muon_dimension_numbers(OF_NET, NET)
+
+
+def loss_of(params):
+    inputs = jax.random.normal(jax.random.key(1), (16, 4))
+    outputs = jax.vmap(eqx.combine(params, REST))(inputs)
+    return jnp.square(outputs - inputs[:, :2]).mean()
+
+
+class Policy(eqx.Module):
+    """A function that holds arrays, or a bool."""
+
+    least: object
+
+    def __call__(self, params):
+        return jax.tree.map(lambda leaf: leaf.ndim >= self.least, params)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        ds.muon,
+        ds.normuon,
+        functools.partial(ds.muon, weight_decay=0.1, weight_decay_mask=MASK, ns_steps=2),
+        functools.partial(ds.muon, muon_weight_dimension_numbers=NUMBERS, ns_steps=2),
+        functools.partial(ds.normuon, muon_weight_dimension_numbers=lambda _: NUMBERS, ns_steps=2),
+        functools.partial(ds.adamw, weight_decay=0.1, mask=MASK),
+        functools.partial(ds.adamw, weight_decay=0.1, mask=OF_NET.decay_mask),
+        functools.partial(ds.adamw, mask=jax.tree_util.Partial(OF_NET.decay_mask)),
+        functools.partial(ds.lion, mask=MASK),
+        ds.sgd,
+    ],
+)
+def test_a_tree_that_can_be_called_is_trained(make):
+    assert callable(NET)
+    assert callable(MASK)
+    assert callable(NUMBERS)
+    tx = optax.chain(ds.monitor_depth(OF_NET), make(0.02, depth=OF_NET))
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss_of)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = NET, tx.init(NET)
+    for _ in range(5):
+        params, state = step(params, state)
+    assert loss_of(params) < loss_of(NET)
+    assert jax.tree.structure(params) == jax.tree.structure(NET)
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (MASK, MASK),
+        (jax.tree.map(np.bool_, MASK), MASK),
+        (OF_NET.decay_mask, MASK),
+        (functools.partial(lambda params: MASK), MASK),
+        (jax.tree_util.Partial(OF_NET.decay_mask), MASK),
+        (
+            jax.tree_util.Partial(lambda flag, params: jax.tree.map(lambda _: flag, params), True),
+            True,
+        ),
+        (Policy(2), jax.tree.map(lambda leaf: leaf.ndim >= 2, NET)),
+        (Policy(jnp.array(2)).__call__, jax.tree.map(lambda leaf: leaf.ndim >= 2, NET)),
+    ],
+)
+def test_a_mask_that_can_be_called_is_a_tree_or_a_function(mask, expected):
+    """A tree if it is one of bools; and a Partial a function, whatever it holds."""
+    params = jax.tree.map(jnp.ones_like, NET)
+    zeros = jax.tree.map(jnp.zeros_like, NET)
+    muon = functools.partial(ds.muon, weight_decay_mask=mask, ns_steps=1)
+    for optimizer in (
+        functools.partial(ds.adamw, mask=mask),
+        functools.partial(ds.lion, mask=mask),
+        muon,
+    ):
+        tx = optimizer(1.0, weight_decay=0.5, depth=OF_NET)
+        updates, _ = tx.update(zeros, tx.init(params), params)
+        decayed = jax.tree.map(lambda leaf: bool(leaf.any()), updates)
+        if optimizer is muon:  # decays matrices alone
+            assert (decayed.kernel, decayed.bias) == (True, False)
+        else:
+            assert decayed == (jax.tree.map(lambda _: True, NET) if expected is True else expected)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "argument"),
+    [
+        (optimizer, argument)
+        for optimizer in (ds.sgd, ds.adamw, ds.lion, ds.muon, ds.normuon)
+        for argument in inspect.signature(optimizer).parameters
+        if argument != "depth"
+    ],
+)
+def test_a_depth_is_taken_by_its_name_alone(optimizer, argument):
+    parameters = list(inspect.signature(optimizer).parameters.values())
+    names = [parameter.name for parameter in parameters]
+    message = (
+        rf"^{argument} of {optimizer.__name__} is a Depth\. .*{optimizer.__name__}\(\.\.\., depth"
+    )
+    keywords = {"learning_rate": 0.1, argument: DEPTH}
+    with pytest.raises(ValueError, match=message):
+        optimizer(**keywords)
+    if parameters[names.index(argument)].kind is not inspect.Parameter.KEYWORD_ONLY:
+        before = [parameter.default for parameter in parameters[: names.index(argument)]]
+        with pytest.raises(ValueError, match=message):
+            optimizer(*before, DEPTH)
+    with pytest.raises(ValueError, match=message):
+        optax.inject_hyperparams(optimizer)(**keywords).init(tree(0))
+
+
+def test_other_errors_of_arguments_are_pythons():
+    for arguments, keywords in ((), {}), ((0.1,) * 9, {}), ((0.1,), {"apha": 0.1}):
+        with pytest.raises(TypeError, match=r"adamw\(\)"):
+            ds.adamw(*arguments, **keywords)
+
+
+def test_a_mask_beside_injected_hyperparameters():
+    """Which takes functions for schedules, unless it is told."""
+    keywords = {"learning_rate": 0.1, "mask": DEPTH.decay_mask, "depth": DEPTH}
+    keywords |= {"where": ds.projections, "weight_decay": 0.5}
+    with pytest.raises(ValueError, match=r"inject_hyperparams\(ds\.adamw, static_args=\('mask'"):
+        optax.inject_hyperparams(ds.adamw, static_args="where")(**keywords).init(tree(0))
+    numbers = {"muon_weight_dimension_numbers": functools.partial(muon_dimension_numbers, DEPTH)}
+    with pytest.raises(ValueError, match=r"inject_hyperparams takes every function for a schedule"):
+        optax.inject_hyperparams(ds.muon)(0.1, depth=DEPTH, **numbers).init(tree(0))
+    injected = optax.inject_hyperparams(ds.adamw, static_args=("mask", "where"))(**keywords)
+    chex.assert_trees_all_close(
+        run(injected, tree(0)), run(ds.adamw(**keywords), tree(0)), rtol=1e-4, atol=1e-5
+    )
 
 
 # Optax's own checks of its optimizers, with each of ours, over depth where there is some.

@@ -226,7 +226,8 @@ def test_nnx_optimizer(kind):
     def loss(params):
         return nnx.merge(graph, params)(X).var()
 
-    depth = ds.trace_depth(loss, params)
+    depth = ds.trace_depth(lambda model: model(X).var(), model)
+    assert ds.trace_depth(loss, params) == depth
     if kind == "list":
         assert len(depth) == 66
         assert depth["layers/10/up/kernel"].layer == 10
@@ -290,12 +291,14 @@ class EqxNet(eqx.Module):
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
 def test_equinox(stacked):
-    params, static = eqx.partition(EqxNet(stacked, jax.random.key(2)), eqx.is_inexact_array)
+    model = EqxNet(stacked, jax.random.key(2))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
 
     def loss(params):
         return jax.vmap(eqx.combine(params, static))(X).var()
 
-    depth = ds.trace_depth(loss, params)
+    depth = ds.trace_depth(lambda model: jax.vmap(model)(X).var(), model)
+    assert ds.trace_depth(loss, params) == depth
     assert len(depth) == (8 if stacked else 40)
     if stacked:
         assert {place.axes for place in depth.values()} == {(0,)}

@@ -1,4 +1,4 @@
-"""python -m depthsmooth inspect: every target, every refusal, and no weight that is loaded."""
+"""python -m depthsmooth inspect: every target, every refusal, and how little is in memory."""
 
 import io
 import itertools
@@ -13,11 +13,14 @@ import subprocess
 import sys
 import textwrap
 import tomllib
+import tracemalloc
 import zipfile
 
 import flax.linen as nn
+import flax.serialization
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -98,7 +101,26 @@ SAVE = {
     "slashes.safetensors": lambda path, tree: safetensors.numpy.save_file(
         named(nn.unbox(tree), "/"), path
     ),
+    "shards": lambda path, tree: save_shards(path, named(nn.unbox(tree), ".")),
+    "x.msgpack": lambda path, tree: path.write_bytes(flax.serialization.to_bytes(tree)),
 }
+
+
+def shard(number, count):
+    return f"model-{number:05}-of-{count:05}.safetensors"
+
+
+def save_shards(folder, arrays, count=3, index="model.safetensors.index.json"):
+    """Files of a model as on the Hugging Face Hub, with an index if it has a name."""
+    folder.mkdir(exist_ok=True)
+    weight_map = {name: shard(1 + i % count, count) for i, name in enumerate(arrays)}
+    for file in {shard(i + 1, count) for i in range(count)}:
+        part = {name: arrays[name] for name in arrays if weight_map[name] == file}
+        safetensors.numpy.save_file(part, folder / file)
+    if index:
+        content = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+        (folder / index).write_text(json.dumps(content))
+    return weight_map
 
 
 @pytest.fixture
@@ -161,6 +183,106 @@ def fingerprint(folder):
     }
 
 
+QUANTISED = {
+    "att": {
+        "w": np.ones((8, 8), "float32"),
+        "w.absmax": np.ones(5, "float32"),
+        "w.absmax.code.map": np.ones(7, "float32"),
+        "w.quant_state.bitsandbytes__nf4": np.ones(9, "uint8"),
+    },
+    "norm": {"scale": np.ones(8, "float32"), "scale.0": np.ones(3, "float32")},
+}
+
+
+@pytest.mark.parametrize("separator", ["/", "."])
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_an_array_whose_name_begins_others_has_them_beside_it(kind, separator, tmp_path, run):
+    """As in quantised weights, in every order of names."""
+    tree = {"model": {"blocks": [QUANTISED] * 3}}
+    save = (
+        np.savez
+        if kind == "npz"
+        else lambda path, **arrays: safetensors.numpy.save_file(arrays, path)
+    )
+    arrays = {name.replace(".", separator): leaf for name, leaf in named(tree, ".").items()}
+    path = tmp_path / f"x.{kind}"
+    for seed in range(20):
+        order = np.random.default_rng(seed).permutation(list(arrays))
+        save(path, **{name: arrays[name] for name in order})
+        assert run(path) == (0, f"{ds.find_depth(tree)}\n", "")
+    status, out, _ = run(path, "--json", "--subtree", "model")
+    assert status == 0
+    assert set(ds.Depth.from_json(out)) == {
+        f"blocks/{i}/{name}"
+        for i in range(3)
+        for name in named(QUANTISED, "/")
+        if "nf4" not in name
+    }
+    leaf = "blocks/1/att/w.absmax"
+    says = f"{leaf} (5,) is layer 1 of 3 of the group 'blocks/*', found by names."
+    assert run(path, "--subtree", "model", "--explain", leaf)[1].startswith(says)
+    (tmp_path / "rules.toml").write_text("'.*/(\\d+)/att/w\\.absmax' = \"numbered()\"")
+    rules = ("--rules", tmp_path / "rules.toml")
+    assert "found by rule." in run(path, *rules, "--explain", f"model/{leaf}")[1]
+
+
+def test_the_rules_of_a_remedy_fit_an_array_whose_name_begins_others(tmp_path, run):
+    arrays = {name: np.ones((4, 8), "float32") for name in ("norm.scale", "norm.scale.absmax")}
+    arrays |= {"mlp.w.0": np.ones((4, 8), "float32"), "mlp.w": np.ones((4, 8, 8), "float32")}
+    stacks = {f"{stack}.{name}": leaf for name, leaf in arrays.items() for stack in ("layers", "h")}
+    np.savez(tmp_path / "x.npz", **stacks)
+    status, _, err = run(tmp_path / "x.npz")
+    assert status == 1
+    (tmp_path / "rules.toml").write_text(err.split("\n\n")[-1])
+    status, out, _ = run(tmp_path / "x.npz", "--json", "--rules", tmp_path / "rules.toml")
+    assert status == 0
+    assert ds.Depth.from_json(out).get("layers/norm/scale.absmax").axes == (0,)
+
+
+@pytest.mark.parametrize("given", ["", "model.safetensors.index.json"])
+def test_the_files_of_an_index_and_what_it_names_are_one_tree(given, tmp_path, run):
+    """Other files are not of the index; a link, as in a cache, may lead elsewhere."""
+    arrays = named(MODELS["unrolled"], ".")
+    save_shards(tmp_path / "model", arrays)
+    (tmp_path / "model" / shard(1, 3)).rename(tmp_path / "blob")
+    (tmp_path / "model" / shard(1, 3)).symlink_to(tmp_path / "blob")
+    (tmp_path / "model" / "._x.safetensors").write_text("as some systems write")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert run(tmp_path / "model" / given) == (0, f"{ds.find_depth(MODELS['unrolled'])}\n", "")
+
+
+@pytest.mark.parametrize("files", ["one", "shards", "shards from 0"])
+def test_files_without_an_index_that_are_one_model_are_one_tree(files, tmp_path, run):
+    arrays = named(MODELS["unrolled"], ".")
+    if files == "one":
+        safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors")
+    else:
+        save_shards(tmp_path, arrays, index=None)
+    if files == "shards from 0":
+        for number in range(3):
+            (tmp_path / shard(number + 1, 3)).rename(tmp_path / shard(number, 3))
+    assert run(tmp_path) == (0, f"{ds.find_depth(MODELS['unrolled'])}\n", "")
+
+
+def test_a_directory_of_several_models_names_them(tmp_path, run, wrong):
+    arrays = named(MODELS["unrolled"], ".")
+    save_shards(tmp_path, arrays)
+    save_standard(tmp_path / "10" / "params", MODELS["stacked"])
+    safetensors.numpy.save_file(arrays, tmp_path / "consolidated.safetensors")
+    held = "10/params, consolidated.safetensors, model.safetensors.index.json"
+    said = wrong(tmp_path)
+    assert f"it holds 3 checkpoints: {held}. Give one of them, like " in said
+    assert run(said.split()[-1])[0] == 0
+    for name in held.split(", "):
+        assert run(tmp_path / name)[0] == 0
+
+
+def test_a_directory_that_orbax_wrote_may_hold_other_files(tmp_path, run):
+    save_standard(tmp_path / "x", MODELS["stacked"])
+    safetensors.numpy.save_file(named(MODELS["unrolled"], "."), tmp_path / "x" / "x.safetensors")
+    assert run(tmp_path / "x") == (0, f"{ds.find_depth(MODELS['stacked'])}\n", "")
+
+
 def test_a_relative_path_of_a_checkpoint(tmp_path, monkeypatch, run):
     save_standard(tmp_path / "model", MODELS["stacked"])
     monkeypatch.chdir(tmp_path)
@@ -190,6 +312,59 @@ def test_the_subtree_of_a_train_state(tmp_path, run, wrong):
         tmp_path / "state", "--subtree", "params/heat"
     )
     assert "Nothing is below 'params/head'" in wrong(tmp_path / "state", "--subtree", "params/head")
+
+
+def test_a_train_state_that_flax_packed(tmp_path, run):
+    params = nn.unbox(MODELS["bfloat16"])
+    state = TrainState.create(apply_fn=None, params=params, tx=optax.adam(1e-3))
+    SAVE["x.msgpack"](tmp_path / "x.msgpack", state)
+    status, out, _ = run(tmp_path / "x.msgpack", "--subtree", "params", "--json")
+    assert status == 0
+    assert ds.Depth.from_json(out) == ds.find_depth(params)
+    tree = read_target(str(tmp_path / "x.msgpack"))
+    shapes = jax.eval_shape(lambda: flax.serialization.to_state_dict(state))
+    assert jax.tree.map(lambda leaf: leaf.shape, tree) == jax.tree.map(jnp.shape, shapes)
+    assert tree["params"]["layers"]["mlp"]["wi"].dtype == jnp.bfloat16
+
+
+PACKED = {
+    "arrays": [jnp.ones((3, 4), "float8_e4m3fn"), np.ones((0, 3)), np.ones((2, 2, 2), order="F")],
+    "scalars": [np.float32(1), np.int64(2), np.ones(()), 1 + 2j, np.complex64(1j)],
+    "numbers": [0, -1, -(2**7), 2**7, -(2**15), 2**16, -(2**31), 2**33, 2**63, 2.5, True],
+    "no arrays": [None, "", "text" * 10, "text" * 100, "text" * 30000, b"bytes", {}, []],
+    "maps": [{f"key {i}": i for i in range(count)} for count in (15, 16, 66000)],
+    "long": [np.ones(size, "int8") for size in (1, 2, 10, 200, 300, 60000, 70000)],
+    "lists": [list(range(15)), list(range(16)), list(range(66000))],
+}
+
+
+def test_all_that_flax_packs_has_the_shape_and_type_that_flax_restores(tmp_path):
+    for name, content in PACKED.items():
+        packed = flax.serialization.msgpack_serialize({"x": content})
+        (tmp_path / "x.msgpack").write_bytes(packed)
+        restored = jax.tree.map(
+            lambda leaf: None if isinstance(leaf, str | bytes) else np.asarray(leaf),
+            flax.serialization.msgpack_restore(packed),
+        )
+        if name == "no arrays":
+            with pytest.raises(ValueError, match=r"x\.msgpack holds no arrays"):
+                read_target(str(tmp_path / "x.msgpack"))
+            continue
+        tree = read_target(str(tmp_path / "x.msgpack"))
+        assert jax.tree.structure(tree) == jax.tree.structure(restored)
+        assert tree == jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), restored
+        )
+
+
+def test_an_array_that_flax_packed_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 100)
+    tree = {"layers": {"wi": np.ones((3, 5, 7), "float32"), "b": np.ones(3, "float32")}}
+    SAVE["x.msgpack"](tmp_path / "x.msgpack", tree)
+    found = read_target(str(tmp_path / "x.msgpack"))["layers"]
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in found.items()} == {
+        name: (leaf.shape, leaf.dtype) for name, leaf in tree["layers"].items()
+    }
 
 
 def test_a_subtree_below_keys_that_hold_slashes(module, run):
@@ -278,7 +453,7 @@ def test_a_depth_is_shown_as_it_is(module, run, wrong):
         ("models:shapes", "No module named 'models'"),
         ("model.py:shapes", "Give the module, as for import: model:shapes"),
         ("broken:shapes", "fails with SyntaxError"),
-        ("model", "There is no model. Give a directory that Orbax wrote, a .npz file"),
+        ("model", "There is no model. Give a directory that Orbax wrote, a .npz, .msgpack"),
         ("", "holds no checkpoint of Orbax"),
     ],
 )
@@ -332,6 +507,43 @@ def orbax_with(path, name, content):
     (path / name).write_text(content)
 
 
+def twice(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/b.npy", npy((), data=b"0000"))
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("a/b.npy", npy((1,), data=b"0000"))
+
+
+def index_with(path, content, **arrays):
+    path.mkdir()
+    text = content if isinstance(content, str) else json.dumps({"weight_map": content})
+    (path / "model.safetensors.index.json").write_text(text)
+    safetensors.numpy.save_file(arrays or {"a": np.ones(3)}, path / shard(1, 2))
+
+
+def shards_with(path, *files, **arrays):
+    path.mkdir()
+    for file in files:
+        safetensors.numpy.save_file(arrays or {file: np.ones(3)}, path / file)
+
+
+def short_shard(path):
+    index_with(path, {"a": shard(1, 2)})
+    (path / shard(1, 2)).write_bytes((path / shard(1, 2)).read_bytes()[:-1])
+
+
+def packed(content, *, array=b""):
+    """A writer of MessagePack, with anything in the place of the array if there is one."""
+    held = {"a": msgpack.ExtType(1, array)} if array else content
+    return lambda path: path.write_bytes(msgpack.packb(held))
+
+
+def parts(count):
+    chunks = {str(i): np.ones(2) for i in range(count)}
+    tree = {"__msgpack_chunked_array__": True, "shape": {"0": 5}, "chunks": chunks}
+    return lambda path: path.write_bytes(flax.serialization.msgpack_serialize({"a": tree}))
+
+
 BROKEN = {
     "directory.npz": (lambda path: path.mkdir(), "holds no checkpoint of Orbax"),
     "others": (lambda path: (path / "x").mkdir(parents=True), "holds no checkpoint of Orbax"),
@@ -345,14 +557,16 @@ BROKEN = {
     "magic.npz": (lambda path: npz(path, a_npy="text"), "cannot be read: "),
     "version.npz": (lambda path: npz(path, a_npy=b"\x93NUMPY\x07\x00"), "version (7, 0)"),
     "lies.npz": (lambda path: npz(path, a_npy=npy((3,))), "a (3,) of float32 has not the size"),
-    "twice.npz": (
-        lambda path: npz(path, **{"a/b_npy": npy(()) + b"0000", "a_npy": npy(()) + b"0000"}),
-        "a is there twice, or above another",
-    ),
-    "below.npz": (
-        lambda path: npz(path, **{"a_npy": npy(()) + b"0000", "a/b_npy": npy(()) + b"0000"}),
-        "a/b is below another",
-    ),
+    "twice.npz": (twice, "a/b is there twice"),
+    **{
+        f"path twice {i}.npz": (
+            lambda path, order=order: npz(
+                path, **{f"{name}_npy": npy((), data=b"0000") for name in order}
+            ),
+            "is there twice, or has the path of another",
+        )
+        for i, order in enumerate(itertools.permutations(("a", "a/b", "a.b/c/d")))
+    },
     "random.safetensors": (lambda path: path.write_bytes(bytes(range(256))), "header"),
     "empty.safetensors": (lambda path: path.write_bytes(b""), "header"),
     "no.safetensors": (lambda path: tensors(path, {}, 0), "holds no arrays"),
@@ -364,6 +578,90 @@ BROKEN = {
         lambda path: tensors(path, {"a": tensor("F32", 12)}, 8),
         "file not fully covered",
     ),
+    "others of Flax": (
+        lambda path: shards_with(path, "flax_model.msgpack"),
+        "and no .safetensors file. Give a file in it, like ",
+    ),
+    "an index that is cut": (lambda path: index_with(path, '{"weight_map": {'), "is no JSON: "),
+    "an index that is a list": (lambda path: index_with(path, "[]"), 'has no "weight_map" that'),
+    "an index of others": (lambda path: index_with(path, "{}"), 'has no "weight_map" that'),
+    "an index of numbers": (lambda path: index_with(path, {"a": 1}), 'has no "weight_map" that'),
+    "an index of nothing": (lambda path: index_with(path, {}), "2 checkpoints: model-00001"),
+    "an index of one above": (
+        lambda path: index_with(path, {"a": "../x.safetensors"}),
+        "model.safetensors.index.json names ../x.safetensors, which is outside of its directory",
+    ),
+    "an index of one at the root": (
+        lambda path: index_with(path, {"a": "/x.safetensors"}),
+        "names /x.safetensors, which is outside of its directory",
+    ),
+    "an index of other kinds": (
+        lambda path: index_with(path, {"a": "pytorch_model.bin"}),
+        "names pytorch_model.bin, which is no .safetensors file",
+    ),
+    "an index of what is missing": (
+        lambda path: index_with(path, {"a": shard(1, 2), "b": shard(2, 2)}),
+        "model-00002-of-00002.safetensors is missing. Put what is missing",
+    ),
+    "an index of what a file lacks": (
+        lambda path: index_with(path, {"a": shard(1, 2), "b.c": shard(1, 2)}),
+        "model-00001-of-00002.safetensors lacks b.c, which model.safetensors.index.json says",
+    ),
+    "an index of a damaged file": (short_shard, "model-00001-of-00002.safetensors: Error while"),
+    "shards of which one is missing": (
+        lambda path: shards_with(path, shard(1, 3), shard(3, 3)),
+        "model-00002-of-00003.safetensors is missing. Put what is missing",
+    ),
+    "shards with a name twice": (
+        lambda path: shards_with(path, shard(1, 2), shard(2, 2), a=np.ones(3)),
+        "a is in model-00001-of-00002.safetensors and in model-00002-of-00002.safetensors. Give",
+    ),
+    "shards of two models": (
+        lambda path: shards_with(path, shard(1, 1), shard(1, 2), shard(2, 2)),
+        "it holds 3 checkpoints",
+    ),
+    "several files": (
+        lambda path: shards_with(path, "model.safetensors", "adapter.safetensors"),
+        "it holds 2 checkpoints: adapter.safetensors, model.safetensors. Give one of them, like",
+    ),
+    "empty.msgpack": (lambda path: path.write_bytes(b""), "is cut off or damaged"),
+    "nothing.msgpack": (packed({}), "holds no arrays"),
+    "text.msgpack": (lambda path: path.write_bytes(b"text"), "more follows where its tree ends"),
+    "never.msgpack": (
+        lambda path: path.write_bytes(b"\xc1"),
+        "is cut off or damaged (FormatError)",
+    ),
+    "key.msgpack": (packed({None: 1}), "a key is a NoneType"),
+    "twice.msgpack": (packed({"1": 1, 1: 1}), "the key 1 is there twice"),
+    "deep.msgpack": (lambda path: path.write_bytes(b"\x91" * 9999 + b"\x01"), "(StackError)"),
+    "cut.msgpack": (lambda path: path.write_bytes(msgpack.packb({"a": 1})[:-1]), "is cut off"),
+    **{
+        f"long {code:x}.msgpack": (
+            lambda path, code=code: path.write_bytes(bytes([code]) + b"\xff\xff\xff\xff1"),
+            "cannot be read: ",
+        )
+        for code in (0xC6, 0xC9, 0xDB, 0xDD, 0xDF)
+    },
+    "other type.msgpack": (
+        lambda path: path.write_bytes(msgpack.packb(msgpack.ExtType(5, b"0"))),
+        "something else than Flax writes",
+    ),
+    "no array.msgpack": (packed({}, array=b"\x01"), "something else than Flax writes"),
+    "lies.msgpack": (
+        packed({}, array=msgpack.packb(((2, 3), "float32", b"0000"))),
+        "an array (2, 3) of float32 has not the size",
+    ),
+    "longer.msgpack": (
+        packed({}, array=msgpack.packb(((1,), "float32", b"0000")) + b"0"),
+        "extra data",
+    ),
+    "negative.msgpack": (
+        packed({}, array=msgpack.packb(((-1, -1), "float32", b"0000"))),
+        "an array (-1, -1) of float32 has not the size",
+    ),
+    "type.msgpack": (packed({}, array=msgpack.packb(((1,), "flat32", b"0000"))), "'flat32'"),
+    "parts.msgpack": (parts(2), "an array (5,) lacks some of its parts"),
+    "no parts.msgpack": (parts(0), "an array (5,) lacks some of its parts"),
     "pickle.pt": (lambda path: path.write_bytes(pickle.dumps(3)), "a file of an unknown kind"),
 }
 
@@ -377,7 +675,7 @@ def test_what_is_damaged_is_one_line(name, tmp_path, wrong):
     assert str(tmp_path / name) in err
 
 
-@pytest.mark.parametrize("kind", ["x.npz", "dots.npz", "x.safetensors"])
+@pytest.mark.parametrize("kind", ["x.npz", "dots.npz", "x.safetensors", "x.msgpack"])
 @pytest.mark.parametrize("damage", ["cut", "flip"])
 def test_no_damage_makes_a_traceback(kind, damage, tmp_path, run):
     path = tmp_path / kind
@@ -395,16 +693,15 @@ def test_no_damage_makes_a_traceback(kind, damage, tmp_path, run):
     assert statuses == {2} if damage == "cut" else statuses <= {0, 1, 2}
 
 
-@pytest.mark.parametrize("missing", ["orbax", "safetensors"])
+@pytest.mark.parametrize("kind", ["standard", "x.safetensors", "shards", "x.msgpack"])
 def test_a_library_that_is_not_installed_is_named_with_the_extra(
-    missing, tmp_path, monkeypatch, wrong
+    kind, tmp_path, monkeypatch, wrong
 ):
-    kind = "standard" if missing == "orbax" else "x.safetensors"
+    missing = {"standard": "orbax.checkpoint", "x.msgpack": "msgpack"}.get(kind, "safetensors")
     SAVE[kind](tmp_path / kind, MODELS["stacked"])
-    name = "orbax.checkpoint" if missing == "orbax" else "safetensors"
-    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, missing, None)
     err = wrong(tmp_path / kind)
-    assert missing in err
+    assert f"takes {missing}, of the extra" in err
     assert "python -m pip install -e '.[inspect]'" in err
 
 
@@ -508,6 +805,7 @@ def test_rules_settle_what_is_not_certain_and_the_rest_is_found(module, tmp_path
         ("layers.x = 0", "a pattern with dots has to be in quotes"),
         ("'layers/.*' = 1.5", "has the axis 1.5"),
         ("'layers/.*' = true", "has the axis True"),
+        ("'layers/.*' = numbered()", "is in quotes, too: 'block_(\\d+)/.*' = \"numbered()\"."),
         ("'layers/(' = 0", "is no regular expression"),
         ("'layers/.*' = 'numbred()'", "'numbred()' is no rule. Write an axis"),
         ("'layers/.*' = 'interleaved()'", "'interleaved()' is no rule"),
@@ -641,7 +939,8 @@ def huge_orbax(path):
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
-    ("name", "make"), [("x.npz", huge_npz), ("x.safetensors", huge_safetensors), ("x", huge_orbax)]
+    ("name", "make"),
+    [("x.npz", huge_npz), ("x.safetensors", huge_safetensors), ("x", huge_orbax)],
 )
 def test_ten_gigabytes_are_not_loaded(name, make, tmp_path):
     make(tmp_path / name)
@@ -663,6 +962,20 @@ print(status, seconds, peak)
     assert status == "0"
     assert float(seconds) < 5
     assert int(kilobytes) < 500_000
+
+
+def test_one_array_that_flax_packed_is_in_memory_at_a_time(tmp_path):
+    """A few copies of it, but never all of them."""
+    size, count = 2**22, 40
+    layers = {f"layer_{i}": np.ones(size, "int8") for i in range(count)}
+    SAVE["x.msgpack"](tmp_path / "x.msgpack", layers)
+    del layers
+    tracemalloc.start()
+    tree = read_target(str(tmp_path / "x.msgpack"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(tree) == count
+    assert peak < 6 * size
 
 
 DTYPES = {

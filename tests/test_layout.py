@@ -276,3 +276,87 @@ def test_refuses_a_rule_that_is_none(rules, message):
 def test_refuses_rules_that_are_no_mapping(rules):
     with pytest.raises(ValueError, match=r"have to map patterns to axes"):
         Depth.from_rules(rules)
+
+
+def test_a_depth_of_a_part_of_the_tree_names_the_part():
+    depth = Depth.from_rules({"layers/.*": 0}).resolve(PARAMS)
+    message = (
+        r"layers/bias \(6, 4\) has a place .* is not in the tree, where it is "
+        r"params/model/layers/bias: the Depth was made from what is at 'params/model' there\. "
+    )
+    masked = {"params": {"model": PARAMS | {"embed": optax.MaskedNode()}}, "batch_stats": {}}
+    with pytest.raises(ValueError, match=message):
+        depth.resolve(masked)
+    assert depth.resolve(masked["params"]["model"])
+    module = nn.Dense(4)
+    variables = module.init(jax.random.key(0), jnp.ones((2, 4)))
+    with pytest.raises(
+        ValueError, match=r"'params' there.*trace_depth\(model\.apply, variables, x"
+    ):
+        Depth.from_rules({"kernel": 0}).resolve(variables["params"]).resolve(variables)
+
+
+def test_a_depth_of_a_whole_tree_names_the_part_that_the_optimizer_has():
+    depth = Depth.from_rules({"params/layers/.*": 0}).resolve({"params": PARAMS})
+    message = (
+        r"params/layers/bias \(6, 4\) has a place .* is not in the tree, where it is layers/bias: "
+        r"the Depth was made from a whole tree, of which the optimizer is given what is at 'params'"
+    )
+    with pytest.raises(ValueError, match=message + r".*model\.apply\(\{'params': p\}, x\)"):
+        depth.resolve(PARAMS)
+
+
+def test_a_tree_that_has_only_some_of_the_leaves_elsewhere_is_another_tree():
+    depth = Depth.from_rules({"layers/.*": 0}).resolve(PARAMS)
+    for other in (
+        {"a": {"layers": {"bias": jnp.ones((6, 4))}}, "kernel": jnp.ones((6, 4, 4))},
+        {"bias": jnp.ones((6, 4)), "other": jnp.ones(3)},
+    ):
+        with pytest.raises(
+            ValueError, match=r"layers/bias \(6, 4\) .* tree, whose leaves are .*same"
+        ):
+            depth.resolve(other)
+
+
+@pytest.mark.parametrize("rules", [{"layers/.*": 0}, {}])
+@pytest.mark.parametrize("count", [0, jnp.int32(0)])
+def test_the_count_of_a_schedule_is_no_tree(rules, count):
+    """Which optax.inject_hyperparams gives to each function, of a mask, too."""
+    depth = Depth.from_rules(rules)
+    for resolved in depth, depth.resolve(PARAMS):
+        with pytest.raises(
+            ValueError, match=r"the only leaf \(\) .* static_args=\('mask', 'where'\)"
+        ):
+            resolved.decay_mask(count)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_an_axis_that_vmap_hides_is_spoken_of(jit):
+    params = {"layers": jnp.ones((3, 6, 4)), "other": jnp.ones((3, 4, 5))}
+
+    def mapped(rules):
+        def of_one(tree):
+            return Depth.from_rules(rules).resolve(tree).map(lambda *leaf: leaf[1], tree)
+
+        vmapped = jax.vmap(of_one)
+        return (jax.jit(vmapped) if jit else vmapped)(params)
+
+    hint = r"If this is in jax\.vmap: the axis that it maps is not there\. Count axes without it"
+    with pytest.raises(ValueError, match=r"layers \(6, 4\) has no axis 2.*" + hint):
+        mapped({"layers": 2})
+    with pytest.raises(ValueError, match=r"other \(4, 5\) has 4 layers.*has 6\..*" + hint):
+        mapped({".*": 0})
+    assert mapped({"layers": 0})
+    depth = Depth.from_rules({"layers": 1}).resolve(params)
+    with pytest.raises(ValueError, match=r"layers \(6, 4\) does not have the 6 layers.*" + hint):
+        jax.vmap(depth.decay_mask)(params)
+    one = depth.from_rules({"layers": 0}).resolve(jax.tree.map(lambda leaf: leaf[0], params))
+    jax.vmap(lambda tree: one.map(lambda *leaf: leaf[1], tree))(params)
+    with pytest.raises(ValueError, match=r"layers \(3, 6, 4\) has no axis 3.*of its own\.$"):
+        Depth.from_rules({"layers": 3}).resolve(params)
+
+
+def test_a_tree_that_is_a_leaf_is_named_where_leaves_are_missing():
+    depth = Depth.from_rules({"layers/.*": 0}).resolve(PARAMS)
+    with pytest.raises(ValueError, match=r"whose leaves are the only leaf \(2, 10\)\. Make"):
+        depth.resolve(jnp.ones((2, 10)))

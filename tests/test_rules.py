@@ -1,5 +1,7 @@
 """Rules: every layout that users can say, and an error with its remedy for all that fits none."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -307,3 +309,249 @@ def test_a_resolved_depth_refuses_layers_of_other_shapes():
     other = BLOCKS | {"block_3": {"Dense_0": jnp.ones((5, 4)), "Dense_1": jnp.ones((4, 4))}}
     with pytest.raises(ValueError, match=r"block_3/Dense_0 \(5, 4\) has layers of shape"):
         depth.resolve(other)
+
+
+def refused(rules, params):
+    """What is said of rules, and each rule that it names instead, matched with the same tree."""
+    with pytest.raises(ValueError, match=r"'.*'") as error:
+        Depth.from_rules(rules).resolve(params)
+    names = {"numbered": numbered, "interleaved": interleaved, "sequence": sequence}
+    said = re.findall(r"\{'.*?': [^{}]*\}", str(error.value))
+    return str(error.value), [layers(eval(rule, names), params) for rule in said]
+
+
+def test_rules_without_a_tensor_of_two_layers_are_refused():
+    params = {f"layer_{i}": {f"dense_{i}": ones(2, 2)} for i in range(4)}
+    for pattern in r"layer_(\d+)/.*", "layer_.*":
+        message, [found] = refused({pattern: numbered()}, params)
+        assert "would mix nothing: layer_0/dense_0 (2, 2) is in layer 0" in message
+        assert found == {f"layer_{i}/dense_{i}": (i,) for i in range(4)}
+    stacks = {f"layer_{i}": {f"dense_{i}": ones(3, 2)} for i in range(4)}
+    _, [found] = refused({r"layer_(\d+)/.*": interleaved(0)}, stacks)
+    assert found["layer_1/dense_1"] == (1, 5, 9)
+    for rule in numbered(), sequence(r"layer_\d"):
+        unlike = {"layer_0": {"a": ones(2, 2)}, "layer_1": {"b": ones(2, 2)}}
+        message, found = refused({"layer_.*": rule}, unlike)
+        assert "leave the rule out" in message
+        assert found == []
+
+
+def test_a_tensor_of_every_other_layer_alone_is_mixed_with_none():
+    params = {f"layer_{i}": {"router": ones(4)} if i % 2 else {"w": ones(4)} for i in range(4)}
+    assert "no tensor is in two layers side by side" in refused({".*": numbered()}, params)[0]
+
+
+DENSE = {"kernel": ones(6, 4, 4)}
+BIASED = {"kernel": ones(6, 4, 4), "bias": ones(6, 4)}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [DENSE, BIASED, {"kernel": ones(4, 6, 3), "bias": ones(4, 6)}, {"norm": {"scale": ones(6, 4)}}],
+)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_parts_of_a_stack_are_no_layers(part, parts):
+    params = {"layers": {f"Dense_{i}": part for i in range(parts)}}
+    message, (stack, turns, said) = refused({"layers/.*": numbered()}, params)
+    assert re.search(r"layers/Dense_0/\S+ \(\d, \d.*has an axis more than one layer needs", message)
+    assert {len(of) for of in stack.values()} <= {6, 4}
+    assert {len(of) for of in turns.values()} == {len(of) for of in stack.values()}
+    assert {of for path, of in said.items() if "Dense_0" in path} == {(0,)}
+
+
+def test_stacks_that_take_turns_are_no_layers():
+    params = {"layers": {f"layers_{j}": BIASED for j in range(2)}}
+    _, (_, turns, _) = refused({"layers/.*": numbered()}, params)
+    assert turns["layers/layers_1/bias"] == (1, 3, 5, 7, 9, 11)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"kernel": ones(6, 4, 4), "bias": ones(4)},
+        {"kernel": ones(6, 4, 4), "out": ones(4, 4)},
+        {"kernel": ones(6, 4, 4), "out": ones(4, 6, 5)},
+        {"kernel": ones(1, 4, 8), "out": ones(1, 8, 4)},
+        {"w": ones(4, 4)},
+        {"norm": {"scale": ones(4)}},
+    ],
+)
+def test_a_list_of_layers_is_no_stack(layer):
+    found = layers({".*": numbered()}, {f"Dense_{i}": layer for i in range(2)})
+    assert set(found.values()) == {(0,), (1,)}
+
+
+def test_experts_of_layers_are_no_stack():
+    experts = {"wi": ones(8, 4, 6), "wo": ones(8, 6, 4)}
+    for params in ({f"layer_{i}": experts for i in range(3)}, {"layers": [experts] * 3}):
+        assert set(layers({".*": numbered()}, params).values()) == {(0,), (1,), (2,)}
+
+
+def test_a_number_in_parentheses_is_believed():
+    params = {"layers": {f"Dense_{i}": BIASED for i in range(2)}}
+    found = layers({r"layers/Dense_(\d)/.*": numbered()}, params)
+    assert set(found.values()) == {(0,), (1,)}
+
+
+@pytest.mark.parametrize("masked", [optax.MaskedNode(), None])
+def test_what_is_masked_may_be_what_would_be_mixed(masked):
+    """Also beside leaves of Equinox that are None, which are there in no layer."""
+    blocks = {f"block_{i}": {"w": ones(4, 4), f"only_{i}": ones(4)} for i in range(4)}
+    for pattern in "block_.*", r"block_(\d+)/.*":
+        one = {name: block if name == "block_2" else masked for name, block in blocks.items()}
+        assert set(layers({pattern: numbered()}, one).values()) == {(2,)}
+        unlike = {name: block | {"w": masked} for name, block in blocks.items()}
+        found = layers({pattern: numbered()}, unlike)
+        assert found == {f"block_{i}/only_{i}": (i,) for i in range(4)}
+        beside = {name: {f"only_{name}": ones(4)} for name in blocks} | {"head": masked}
+        with pytest.raises(ValueError, match="would mix nothing"):
+            layers({pattern: numbered()}, beside)
+    convolutions = {f"Conv_{i}": {"kernel": ones(3, 3, 4, 4), "bias": masked} for i in range(2)}
+    assert len(layers({"Conv_.*": numbered()}, convolutions)) == 2
+    found = layers({".*": sequence("in", "mid")}, {"in": masked, "mid": {"w": ones(2)}})
+    assert found == {"mid/w": (1,)}
+
+
+@pytest.mark.parametrize(
+    ("rules", "params"),
+    [
+        ({"block_.*": numbered()}, {"block_0": {"w": ones(4, 4)}}),
+        ({"layers/.*": numbered()}, {"layers": [{"w": ones(4, 4)}]}),
+        ({r"block_(0)/.*": numbered()}, {f"block_{i}": {"w": ones(4)} for i in range(3)}),
+        ({".*": sequence("mid")}, {"mid": {"w": ones(4, 4)}}),
+        ({".*": sequence("in", "out")}, {"in": {"v": ones(4)}, "out": {"w": ones(4)}}),
+    ],
+)
+def test_rules_that_find_one_layer_are_refused(rules, params):
+    message, found = refused(rules, params)
+    assert re.search(r"would mix nothing: \S+ \([\d, ]+\) is in .* or leave the rule out", message)
+    assert all(of for of in found)
+
+
+@pytest.mark.parametrize(
+    ("rules", "params"),
+    [
+        ({"layers/.*": 0}, {"layers": {"w": ones(1, 4, 4), "bias": ones(1, 4)}}),
+        ({".*": (0, 1)}, {"w": ones(1, 1, 4)}),
+        ({r"block_(\d+)/.*": numbered()}, {"block_0": {"w": ones(4, 4)}}),
+        ({r"block_(\d+)": interleaved(0)}, {"block_0": ones(1, 4)}),
+        ({".*": sequence(("a", 0))}, {"a": ones(1, 4)}),
+        ({".*": ()}, {"a": ones(4), "b": ones(4)}),
+        ({".*": sequence("a", "b")}, {"a": {"w": ones(4)}, "b": {"w": ones(4)}}),
+    ],
+)
+def test_rules_that_say_one_layer_are_believed(rules, params):
+    assert layers(rules, params)
+
+
+def block(*lead):
+    return {"kernel": ones(*lead, 4, 4), "bias": ones(*lead, 4)}
+
+
+LISTS = {
+    "list": ({"layers": [block() for _ in range(3)]}, "layers/.*"),
+    "named": ({f"block_{i}": {"mlp": block()} for i in range(3)}, ".*"),
+    "first without a number": ({f"block{i}": block() for i in ("", "_1", "_2")}, "block.*"),
+    "unlike sizes": ({"h": [{"up": ones(4, 8), "down": ones(8, 4)}] * 3}, "h/.*"),
+    "norms": ({f"LayerNorm_{i}": {"scale": ones(4)} for i in range(3)}, ".*"),
+    "parts": ({"layers": [{f"Dense_{j}": block() for j in range(2)}] * 3}, ".*"),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_an_axis_of_siblings_that_are_layers_is_refused(name):
+    """For a vector has no other axis, or sizes disagree."""
+    params, pattern = LISTS[name]
+    for rule in (0, -1) if name == "unlike sizes" else (0, -1, (0, 1), interleaved(0)):
+        message, [found, *_] = refused({pattern: rule}, params)
+        assert re.search(r"^\S+ \(\d[\d, ]*\) (is a vector|has \d layers on axis)", message)
+        assert set(found.values()) == {(0,), (1,), (2,)}
+
+
+def test_an_axis_of_siblings_of_which_each_is_said_to_be_a_stack():
+    params = {"layers": [{"norm": {"scale": ones(4)}} for _ in range(3)]}
+    message, found = refused({"layers/.*": 0}, params)
+    assert "layers/0/norm/scale (4,) is a vector" in message
+    assert found == [
+        {f"layers/{i}/norm/scale": (i,) for i in range(3)},
+        {"layers/0/norm/scale": (0, 1, 2, 3)},
+    ]
+    _, [_, dealt] = refused({"layers/.*": interleaved(0)}, params)
+    assert dealt["layers/2/norm/scale"] == (2, 5, 8, 11)
+
+
+@pytest.mark.parametrize("rule", [0, (0, 1), interleaved(0)])
+@pytest.mark.parametrize("key", ["Dense", "layers"])
+def test_an_axis_of_siblings_that_are_stacks_is_believed(rule, key):
+    lead = (6, 2) if rule == (0, 1) else (6,)
+    params = {"layers": {f"{key}_{j}": block(*lead) for j in range(2)}}
+    assert len(layers({"layers/.*": rule}, params)) == 4
+    bare = {"layers": [ones(4, 4)] * 3}
+    assert len(layers({"layers/.*": 0}, bare)) == 3
+    scalars = {"layers": {"gate_0": ones(6), "gate_1": ones(6)}}
+    assert len(layers({"layers/.*": 0}, scalars)) == 2
+
+
+def test_an_axis_of_siblings_that_are_layers_of_two_shapes():
+    params = {"layers": [{"weight": ones(4, k), "bias": ones(4)} for k in (4, 8, 8)]}
+    message, _ = refused({"layers/.*": 0}, params)
+    assert "If each of them is a layer, the rule is numbered(), for those alike." in message
+
+
+def test_a_container_of_siblings_that_are_layers_is_no_stack():
+    params = {"in": [block() for _ in range(2)], "mid": block()}
+    with pytest.raises(ValueError, match=r"in/0/bias \(4,\) is a vector, all of") as error:
+        layers({".*": sequence(("in", 0), "mid")}, params)
+    containers = re.findall(r"\('.*?', \S+\)", str(error.value))
+    names = {"numbered": numbered}
+    [single, stack] = [eval(container, names) for container in containers]
+    found = layers({".*": sequence(single, "mid")}, params)
+    assert {path: of for path, of in found.items() if "bias" in path} == {
+        "in/0/bias": (0,),
+        "in/1/bias": (1,),
+        "mid/bias": (2,),
+    }
+    assert stack == ("in/0", 0)
+
+
+def test_layers_of_other_shapes_are_narrowed_to_those_alike():
+    """As in a ResNet, of which the stages have other widths."""
+    widths = [4, 4, 8, 8, 8, 16]
+    params = {
+        f"block_{i}": {"conv": ones(3, 3, width, width), "norm": ones(width)}
+        for i, width in enumerate(widths)
+    }
+    message, [found] = refused({"block_.*": numbered()}, params)
+    assert re.search(
+        r"block_2/conv \(3, 3, 8, 8\) has layers of shape .* narrow its pattern", message
+    )
+    assert found == {f"block_{i}/{name}": (i - 2,) for i in (2, 3, 4) for name in ("conv", "norm")}
+    bare = {f"block_{i}": ones(width) for i, width in enumerate(widths)}
+    assert refused({".*": numbered()}, bare)[1] == [{f"block_{i}": (i - 2,) for i in (2, 3, 4)}]
+    mixed = {path: layer | {"x": ones(i)} for i, (path, layer) in enumerate(params.items())}
+    assert refused({".*(conv|norm)": sequence("block_.")}, mixed)[1] == []
+
+
+def test_a_tree_that_is_a_leaf_is_named():
+    leaf = ones(2, 10)
+    for rules, message in (
+        ({"": 2}, r"^the only leaf \(2, 10\) has no axis 2"),
+        ({"": numbered()}, r"^the only leaf \(2, 10\) has no number"),
+        ({"x": 0}, r"leaves are the only leaf \(2, 10\), whose path is ''\. Correct it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layers(rules, leaf)
+    assert layers({"": 1}, leaf) == {"": tuple(range(10))}
+
+
+def test_of_siblings_within_siblings_those_named_layers_are_layers():
+    params = {f"tower_{t}": {"layers": [block() for _ in range(3)]} for t in range(2)}
+    _, [found, _] = refused({".*": 0}, params)
+    assert found["tower_0/layers/2/bias"] == (2,)
+
+
+def test_layers_that_are_all_of_other_shapes_have_no_rule():
+    params = {f"block_{i}": ones(2 + i) for i in range(3)}
+    message, found = refused({".*": numbered()}, params)
+    assert message.endswith("narrow its pattern.")
+    assert found == []

@@ -1,5 +1,7 @@
 """smooth_over_depth is a citizen of Optax: it chains, nests, compiles and differentiates."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -336,3 +338,46 @@ def test_placement_on_devices_is_kept(kind):
     leaf = result["layers"]["kernel"]
     assert leaf.sharding.is_equivalent_to(sharding, 3)
     assert_close(leaf, reference.window(np.asarray(tree["layers"]["kernel"]), 0.2, 0))
+
+
+STACK = {"layers": {"scale": jnp.ones((4, 8)), "kernel": jnp.ones((4, 8, 8))}}
+BLOCKS = {f"block_{i}": {"w": jnp.ones((8, 8)), "o": jnp.ones((8, 8))} for i in range(3)}
+
+
+@pytest.mark.parametrize("make", [ds.smooth_over_depth, functools.partial(ds.muon, 0.1), ds.adamw])
+def test_a_depth_that_was_forgotten_is_asked_for(make):
+    tx = make(0.1) if make is ds.adamw else make()
+    params = STACK | BLOCKS
+    message = (
+        r"^No depth= was given, so layers were looked for by name\. Names leave open where they "
+        r"are: layers/\w+ \(4, 8(, 8)?\) may be \{'layers/\.\*': 0\} or \{'layers/\.\*': 1\} or .*"
+        r"depth=trace_depth\(.*depth=find_depth\(params, known=Depth\.from_rules\(\{pattern: rule\}"
+    )
+    with pytest.raises(ds.AmbiguousDepthError, match=message) as error:
+        tx.init(params)
+    assert error.value.readings["layers/.*"][:2] == ("0", "1")
+    for rule, placed in (0, 8), (1, 8), ((), 8):
+        depth = ds.find_depth(params, known=ds.Depth.from_rules({"layers/.*": rule}))
+        assert len(depth) == placed
+        ds.smooth_over_depth(0.1, depth=depth).init(params)
+
+
+def test_a_depth_that_was_forgotten_where_nothing_is_named_like_layers():
+    message = r"^No depth= was given, .* Nothing in the tree .* head \(8, 2\).*trace_depth\(fn"
+    with pytest.raises(ds.DepthNotFoundError, match=message):
+        ds.smooth_over_depth().init({"head": jnp.ones((8, 2))})
+    with pytest.raises(ds.AmbiguousDepthError, match=r"^Depth is not certain"):
+        ds.find_depth(STACK)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (ds.smooth_over_depth, r"^alpha of smooth_over_depth is a Depth\. .*\(\.\.\., depth=depth"),
+        (ds.augment_over_depth, r"^operator of augment_over_depth is a Depth"),
+        (ds.shrink_over_depth, r"^operator of shrink_over_depth is a Depth"),
+    ],
+)
+def test_refuses_a_depth_in_the_place_of_another_argument(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(DEPTH)
