@@ -1,4 +1,4 @@
-"""How long ``trace_depth`` takes on a thousand leaves, beyond tracing the function: 2 s promised.
+"""How long ``trace_depth`` takes on a thousand leaves, beyond tracing the function: 1 s promised.
 
 ``python -m benchmarks.walk_time`` prints medians, for a model that scans over its layers and one
 that has leaves for every layer, forward and under ``grad``.

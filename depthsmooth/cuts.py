@@ -58,6 +58,12 @@ def of_groups(
                 f"cuts has a group {name!r}, but the groups are {', '.join(map(repr, names))}. "
                 "Name one of these, or leave it out."
             )
+        kinds = [group for group in depth.groups if group.startswith(f"{name} (kind ")]
+        if kinds and name not in sizes:
+            raise ValueError(
+                f"cuts has a group {name!r}, but {name!r} has {len(kinds)} kinds of layers, each "
+                f"in an order of its own. Give the cuts of {' or '.join(map(repr, kinds))}."
+            )
         if name in sizes and max(positions, default=0) >= sizes[name]:
             raise ValueError(
                 f"There is a cut at {max(positions)}, but the group {name!r} has the layers 0 to "

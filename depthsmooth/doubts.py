@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from depthsmooth.layers import Axes
-from depthsmooth.places import Shape
+from depthsmooth.places import Shape, shown
 from depthsmooth.rules import Rule, match, numbered, sequence
 from depthsmooth.siblings import (
     Family,
@@ -33,6 +33,7 @@ class Doubt:
       why: what speaks against a single reading.
       rules: the rules that they could be read by, if they are layers.
       grave: whether they look like layers so much that leaving them alone is a guess.
+      is_likely: whether that they are layers is said first.
     """
 
     leaves: tuple[Known, ...]
@@ -40,6 +41,7 @@ class Doubt:
     why: str
     rules: tuple[Rule, ...]
     grave: bool = True
+    is_likely: bool = True
 
     @property
     def paths(self) -> set[str]:
@@ -68,9 +70,14 @@ class Doubt:
         """What is not certain of the leaves, and what to say of them."""
         *layers, none = [f"{{{pattern!r}: {rule}}}" for rule in (*readings[:2], "()")]
         others = f" (or {', '.join(readings[2:])})" if readings[2:] else ""
-        said = f"{' or '.join(layers)} if it is layers{others}, and " if layers else ""
-        leaf = self.leaves[0]
-        return f"{leaf.path} {leaf.shape}: {self.why}; the rule is {said}{none} if not."
+        rules = f"{none} if not"
+        if layers and self.is_likely:
+            rules = f"{' or '.join(layers)} if it is layers{others}, and {rules}"
+        elif layers:
+            rules = f"{rules} layers, and {' or '.join(layers)} if it is{others}"
+        return (
+            f"{shown(self.leaves[0].path, self.leaves[0].shape)}: {self.why}; the rule is {rules}."
+        )
 
 
 def _fits(rule: Rule, pattern: str, shapes: Mapping[str, Shape]) -> bool:
@@ -95,17 +102,6 @@ def _said(rule: Rule) -> str:
     return axes
 
 
-def disjoint(doubts: Iterable[Doubt]) -> list[Doubt]:
-    """Doubts that have no leaf in common: of two that do, the grave one, or the first."""
-    kept: list[Doubt] = []
-    seen: set[str] = set()
-    for doubt in sorted(doubts, key=lambda doubt: not doubt.grave):
-        if not doubt.paths & seen:
-            kept.append(doubt)
-            seen |= doubt.paths
-    return kept
-
-
 def doubts_among(family: Family, kinds: Sequence[Family], parts: bool) -> list[Doubt]:
     """What speaks against siblings of these kinds being layers, and what can be said of them."""
     are_blocks = any(kind.first.is_block for kind in kinds)
@@ -126,8 +122,13 @@ def doubts_among(family: Family, kinds: Sequence[Family], parts: bool) -> list[D
         why = "its siblings may be layers, or steps within one"
     # The feature encoder of wav2vec 2.0, conv_layers, is beside the layers of its encoder.
     grave = are_blocks and not (uneven and "conv" in words_of(family.name))
+    if not why:
+        return []
     alike = alike_among(kinds) or kinds
-    return [doubt_siblings(each, why, grave, family.has_holes) for each in alike] if why else []
+    if uneven and family.first.is_leaf:
+        alike = [family]  # matrices in a list, like those of a perceptron, are no layers
+    doubts = [doubt_siblings(each, why, grave, family.has_holes) for each in alike]
+    return [dataclasses.replace(doubt, is_likely=not uneven) for doubt in doubts]
 
 
 def unevenness_of(family: Family, kinds: Sequence[Family]) -> str:

@@ -21,7 +21,6 @@ import optax
 from depthsmooth.doubts import (
     Doubt,
     alike_among,
-    disjoint,
     doubt_siblings,
     doubt_stack,
     doubt_stacks,
@@ -151,7 +150,9 @@ def find_depth(params: optax.Params, *, metadata: bool = True, known: Depth | No
         else Leaf(leaf.path, leaf.shape, None, search.reasons.get(leaf.path, alone))
         for leaf, (_, array, _) in zip(leaves, arrays, strict=True)
     ]
-    return Depth(tuple(found)) | said
+    if search.places:
+        return Depth(tuple(found)) | said
+    return Depth(tuple(dataclasses.replace(leaf, place=said.get(leaf.path)) for leaf in found))
 
 
 def _doubts_of(search: _Search, mixable: Sequence[Known], is_said: bool) -> list[Doubt]:
@@ -162,7 +163,7 @@ def _doubts_of(search: _Search, mixable: Sequence[Known], is_said: bool) -> list
     found: list[Doubt] = []
     while True:
         is_certain = bool(search.places) or is_said
-        new = disjoint(doubt for doubt in search.doubts if doubt.grave or not is_certain)
+        new = [doubt for doubt in search.doubts if doubt.grave or not is_certain]
         if not new:
             return found
         found += new
@@ -206,8 +207,8 @@ class _Search:
         if leaves:
             root = Node("", tuple(leaves))
             self._walk(root)
-            self._doubt_the_unclear()
             self._doubt_the_left(root)
+            self._doubt_the_unclear()
 
     def _walk(self, node: Node) -> None:
         """Places the layers below a node. Within layers nothing else is layers."""
@@ -242,7 +243,7 @@ class _Search:
         for kind in [] if doubts else kinds:
             self._place(kind)
         layers = [node for kind in kinds for node in kind.members.values()]
-        return [*layers, *filter(_is_one_layer, alone)] if is_named or not doubts else []
+        return [*layers, *filter(_is_one_layer, alone)]
 
     def _place(self, kind: Family) -> None:
         """Places siblings of one kind, each as a layer."""
@@ -337,6 +338,8 @@ class _Search:
         That are norms with more than one axis, axes named after layers, and adapters: theirs may
         be heads. What is within a container that is stacked itself is a part of that stack.
         """
+        slight = [doubt for doubt in self.doubts if not doubt.grave]
+        self.doubts = [doubt for doubt in self.doubts if doubt.grave]
         containers = [(_container_of(leaf, root), leaf) for leaf in self._left]
         for node, leaf in sorted(containers, key=lambda found: found[0].level):
             nodes = [] if leaf.path in self._settled else _stacked_with(leaf, node, self._settled)
@@ -346,10 +349,14 @@ class _Search:
                 why = "it looks stacked, but its container is not named after layers"
                 grave = leaf.is_norm or bool(leaf.layer_axes)
                 self._doubt(doubt_stack(node, nodes, why, rules, grave))
+        self.doubts += [doubt for doubt in slight if not doubt.paths & self._settled]
 
 
 def _may_hold_layers(node: Node) -> bool:
-    """Whether a node, though named like a layer, holds more than two blocks that may be layers."""
+    """Whether a node, though named like a layer, holds more than two parts that may be layers.
+
+    A stage of a ResNet, block1, has unit1, unit2 and unit3, the first of which is not like them.
+    """
     if holds_layers(node):
         return True
     inner = [node]
@@ -357,11 +364,11 @@ def _may_hold_layers(node: Node) -> bool:
         node = inner.pop()
         inner += [child for child in node.children.values() if not child.is_leaf]
         for family in families_of(node):
-            if not (are_beside([family.name]) or is_part_name(family.name)) and any(
-                len(alike.members) > 2 and alike.first.is_block
-                for alike in alike_among(family.kinds_of_layers)
-            ):
-                return True
+            is_said = are_beside([family.name]) or is_part_name(family.name)
+            if len(family.members) > 2 and not is_said:
+                alike = alike_among(family.kinds_of_layers)
+                if any(siblings.first.is_block for siblings in alike):
+                    return True
     return False
 
 
@@ -373,7 +380,7 @@ def _is_one_layer(node: Node) -> bool:
 def _container_of(leaf: Known, root: Node) -> Node:
     """The container of a leaf, or that of its module if it is a part of a norm or an adapter."""
     node, keys = root, leaf.keys[:-1]
-    if (leaf.is_norm or leaf.is_factor) and not is_norm_word(leaf.keys[-1]):
+    if (leaf.is_norm or leaf.is_factor) and not is_norm_word(numbered_key(leaf.keys[-1])[0]):
         keys = keys[:-1]
     for key in keys:
         node = node.children[key]

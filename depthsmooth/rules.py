@@ -20,7 +20,7 @@ from depthsmooth.places import (
     some,
     stacked,
 )
-from depthsmooth.siblings import Family, Known, Node, families_of, is_layer_name
+from depthsmooth.siblings import Family, Known, Node, families_of, is_layer_name, name_kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,12 +304,41 @@ def _add(
                 f"correct the axis.{_if_siblings(found)}"
             )
     numbers = _numbers(pattern, members, shapes, masked)
+    kinds = _kinds(found, numbers, masked)
     for member in members:
-        j = 0 if member.number is None else numbers.index(member.number)
-        layers = tuple(start + i * len(numbers) + j for i in range(counts[member.path]))
+        name, order = kinds.get(member.number, (group, numbers))
+        j = 0 if member.number is None else order.index(member.number)
+        layers = tuple(start + i * len(order) + j for i in range(counts[member.path]))
         if layers:
-            places[member.path] = Place(group, member.tensor, axes[member.path], layers, "rule")
+            places[member.path] = Place(name, member.tensor, axes[member.path], layers, "rule")
     return len(numbers) * max(counts.values(), default=0)
+
+
+def _kinds(
+    found: _Found, numbers: Sequence[int], masked: Sequence[str]
+) -> dict[int | None, tuple[str, Sequence[int]]]:
+    """For each number, if layers are of several kinds, its group and the numbers in that.
+
+    Those of containers in a sequence are what it says. Where others are masked, it is not known
+    which kind these are of: all numbers then count, and what they leave out keeps two apart.
+    """
+    if not found.rule.numbered or found.in_sequence:
+        return {}
+    leaves: dict[int, list[Known]] = {}
+    for member, leaf in zip(found.members, found.leaves, strict=True):
+        if member.number is not None:
+            leaves.setdefault(member.number, []).append(Known(member.tensor, leaf.shape))
+    nodes = {number: Node("", tuple(leaves[number])) for number in numbers if number in leaves}
+    kinds = Family(Node("", ()), found.group, nodes).kinds
+    tensors = {frozenset(name for name, _ in kind.first.tensors) for kind in kinds}
+    if len(tensors) < len(kinds) or len(kinds) in (1, len(nodes)):
+        return {}
+    names = name_kinds(found.group, [2] * len(kinds))
+    return {
+        number: (name, numbers if found.is_in_part(masked) else list(kind.members))
+        for name, kind in zip(names, kinds, strict=True)
+        for number in kind.members
+    }
 
 
 def _axes_of(path: str, shape: Shape, rule: Rule, pattern: str) -> Axes:

@@ -705,12 +705,10 @@ _PARTS = frozenset({"attention", "attn", "ffn", "mlp"})
 def is_part_name(key: str) -> bool:
     """Whether a key names a part of a block, or what belongs to one.
 
-    Diffusion models have an AttnBlock here and there, Gemma 3n a per_layer_input_gate, DETR a
-    bbox_embed beside each layer of its decoder.
+    Diffusion models have an AttnBlock here and there, Gemma 3n a per_layer_input_gate.
     """
     words = words_of(key)
-    of_layer = words[:1] == ["per"] or words[-1:] == ["embed"]
-    return of_layer or any(word in _PARTS for word in words)
+    return words[:1] == ["per"] or any(word in _PARTS for word in words)
 
 
 def _plurals(*words: str) -> frozenset[str]:

@@ -232,7 +232,9 @@ class Walk:
         composed: frozenset[_Source] = frozenset()
         weights: list[frozenset[_Part]] = [frozenset()] * len(equation.outvars)
         if name in _CONTRACTIONS:
-            self.contracted.update(part.leaf for value in values for part in value.parts)
+            self.contracted.update(
+                part.leaf for value in values for part in self._weights_in(value)
+            )
             composed, products = self._composed(equation, values)
             self._use(values)
         else:
@@ -246,6 +248,12 @@ class Walk:
             dataclasses.replace(product, parts=parts) if _is_inexact(variable) else _chosen(product)
             for variable, parts in zip(equation.outvars, weights, strict=True)
         ]
+
+    def _weights_in(self, value: _Value) -> Iterable[_Part]:
+        """The parameters of a weight; none of activations that one has multiplied."""
+        own = (self.bits.get((part.leaf, part.ranges), 0) for part in value.parts)
+        is_weight = not value.sources or not value.met & ~functools.reduce(operator.or_, own, 0)
+        return value.parts if is_weight else ()
 
     def _element_by_element(
         self, name: str, values: Sequence[_Value]

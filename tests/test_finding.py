@@ -74,7 +74,7 @@ def test_no_leaf_of_a_real_model_is_wrong(name, boxed):
         assert isinstance(error, AmbiguousDepthError)
 
 
-@pytest.mark.parametrize(("boxed", "promised"), [(True, 0.94), (False, 0.88)])
+@pytest.mark.parametrize(("boxed", "promised"), [(True, 0.948), (False, 0.915)])
 def test_recall(boxed, promised):
     placed = sum(len(found(name, boxed)[0]) for name in TREES)
     assert placed / sum(len(truth_of(name)) for name in TREES) >= promised
@@ -165,6 +165,100 @@ def test_siblings_without_a_tensor_that_others_have():
     runs = {track.paths[0]: track.runs for track in depth.tracks}
     assert runs["layers_1/experts/kernel"] == (1, 1)
     assert runs["layers_0/mlp/kernel"] == (4,)
+
+
+def attention(width=4):
+    return {"q": {"kernel": jnp.ones((width, width))}, "o": {"kernel": jnp.ones((width, width))}}
+
+
+def expert():
+    return {"up": {"kernel": jnp.ones((4, 8))}, "down": {"kernel": jnp.ones((8, 4))}}
+
+
+def test_layers_of_each_kind_are_a_group():
+    """As in a hybrid: two recurrent blocks, then one with attention."""
+    recurrent = block(names=("in", "out", "gate"))
+    layers = [recurrent, recurrent, attention()] * 3
+    depth = find_depth({"layers": layers})
+    assert depth.groups == {"layers/* (kind 1)": 6, "layers/* (kind 2)": 3}
+    assert [depth[f"layers/{i}/in/kernel"].layer for i in (0, 1, 3, 4, 6, 7)] == list(range(6))
+    assert [depth[f"layers/{i}/q/kernel"].layer for i in (2, 5, 8)] == list(range(3))
+    one_after_another = find_depth({"layers": [recurrent] * 3 + [attention()] * 2})
+    assert one_after_another.groups == {"layers/* (kind 1)": 3, "layers/* (kind 2)": 2}
+
+
+def test_a_layer_that_is_alone_of_its_kind_is_left_alone():
+    depth = find_depth(
+        {"layers": [block(), block(), block(), attention() | {"norm": block()["norm"]}]}
+    )
+    assert depth.groups == {"layers/*": 3}
+    assert "layers/3 is the only layer of its kind" in depth.explain("layers/3/q/kernel")
+
+
+@pytest.mark.parametrize("names", [("mlp",), ("up", "down", "gate")], ids=["an MLP", "a gated one"])
+def test_layers_with_experts_are_of_one_kind_with_those_that_have_an_mlp(names):
+    """However little of their matrices the attention is that they have in common."""
+    dense = attention() | block(names=names)
+    sparse = attention() | block(names=()) | {"experts": [expert() for _ in range(3)]}
+    depth = find_depth({"layers": [dense, sparse] * 2})
+    assert depth.groups == {"layers/*": 4}
+    assert [depth[f"layers/{i}/q/kernel"].layer for i in range(4)] == [0, 1, 2, 3]
+    assert [depth[f"layers/{i}/experts/2/up/kernel"].layer for i in (1, 3)] == [1, 3]
+
+
+def test_a_refusal_lists_every_doubt():
+    towers = {f"tower{name}": {f"stage_{i}": block() for i in range(3)} for name in "abcdefgh"}
+    with pytest.raises(AmbiguousDepthError) as raised:
+        find_depth(towers | {f"block_{i}": block() for i in range(3)})
+    assert len(raised.value.readings) == 8
+    for pattern, rules in raised.value.readings.items():
+        assert f"{{{pattern!r}: {rules[0]}}}" in str(raised.value)
+
+
+def test_a_refusal_lists_what_is_doubtful_once_the_rest_is_settled():
+    """Critics are no matter beside layers; they are if the encoder has none."""
+    params = {"encoder": block(6)} | {f"critic_{i}": block() for i in range(2)}
+    with pytest.raises(AmbiguousDepthError) as raised:
+        find_depth(params)
+    assert set(raised.value.readings) == {"encoder/.*", r"critic[-_]?(\d*)/.*"}
+    depth = find_depth(params, known=ds.Depth.from_rules({"encoder/.*": 0}))
+    assert "copies side by side" in depth.explain("critic_0/mlp/kernel")
+
+
+def test_blocks_of_any_name_are_not_left_alone_in_silence():
+    params = {f"{name}_{i}": block() for name in ("block", "stage") for i in range(3)}
+    with pytest.raises(AmbiguousDepthError, match=r"stage_0.*copies side by side") as raised:
+        find_depth(params)
+    assert list(raised.value.readings.values()) == [("numbered()",)]
+
+
+@pytest.mark.parametrize(
+    "mlp",
+    [
+        {"layers": [{"kernel": jnp.ones((6, 4, 4)), "bias": jnp.ones((6, 4))}] * 2},
+        {"layers": {"up": jnp.ones((6, 4, 8)), "down": jnp.ones((6, 8, 4)), "b": jnp.ones((6, 4))}},
+    ],
+    ids=["a list", "a stack"],
+)
+def test_what_is_in_a_stack_of_another_name_is_no_doubt_of_its_own(mlp):
+    with pytest.raises(AmbiguousDepthError) as raised:
+        find_depth({"encoder": block(6, names=("attn", "out")) | {"mlp": mlp}})
+    assert raised.value.readings == {"encoder/.*": ("0",)}
+
+
+def test_patterns_of_a_refusal_match_no_other_leaves():
+    """Nor integers, which no rule can mix, nor the siblings that are unlike."""
+    blocks = [block(width=4 + (i == 0)) | {"steps": jnp.ones(4, "int32")} for i in range(4)]
+    with pytest.raises(AmbiguousDepthError) as raised:
+        find_depth({"layers": blocks})
+    [(pattern, rules)] = raised.value.readings.items()
+    assert rules == ("numbered()",)
+    depth = ds.Depth.from_rules({pattern: ds.numbered()}).resolve({"layers": blocks})
+    assert set(depth) == {
+        f"layers/{i}/{name}"
+        for i in (1, 2, 3)
+        for name in ("norm/scale", "mlp/kernel", "attn/kernel")
+    }
 
 
 DENSE = {f"Dense_{i}": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)} for i in range(2)}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+import depthsmooth as ds
 from depthsmooth import Depth, interleaved, numbered, sequence
 
 
@@ -336,9 +337,49 @@ def test_rules_without_a_tensor_of_two_layers_are_refused():
         assert found == []
 
 
-def test_a_tensor_of_every_other_layer_alone_is_mixed_with_none():
-    params = {f"layer_{i}": {"router": ones(4)} if i % 2 else {"w": ones(4)} for i in range(4)}
-    assert "no tensor is in two layers side by side" in refused({".*": numbered()}, params)[0]
+ATTENTION = {"norm": ones(4), "qkv": {"w": ones(4, 12)}, "out": {"w": ones(4, 4), "b": ones(4)}}
+MLP = {"norm": ones(4), "up": {"w": ones(4, 4)}, "out": {"w": ones(4, 4), "b": ones(4)}}
+
+
+def test_a_rule_may_cover_kinds_in_turn():
+    """They share a norm and an output projection: as tensors of one track they would be mixed."""
+    params = {f"block_{i}": (ATTENTION, MLP)[i % 2] for i in range(6)}
+    rules = Depth.from_rules({"block_.*": numbered()})
+    depth = rules.resolve(params)
+    assert depth.groups == {"block_.* (kind 1)": 3, "block_.* (kind 2)": 3}
+    assert [depth[f"block_{i}/out/w"].layers for i in range(6)] == [(i // 2,) for i in range(6)]
+    assert all(len({int(p[6]) % 2 for p in track.paths}) == 1 for track in depth.tracks)
+    assert "block_.* (kind 2)       3" in str(depth)
+    assert Depth.from_json(depth.to_json()) == depth
+    with pytest.raises(ValueError, match=r"'block_.\*' has 2 kinds .*'block_.\* \(kind 1\)'"):
+        ds.smooth_over_depth(0.1, depth=rules, cuts={"block_.*": (2,)}).init(params)
+    ds.smooth_over_depth(0.1, depth=rules, cuts={"block_.* (kind 1)": (2,)}).init(params)
+
+
+def test_stacks_of_two_kinds_take_turns_by_kind():
+    stacks = [jax.tree.map(lambda leaf: jnp.ones((3, *leaf.shape)), k) for k in (ATTENTION, MLP)]
+    params = {f"layers_{i}": stacks[i == 2] for i in range(3)}
+    found = layers({"layers_.*": interleaved(0)}, params)
+    assert [found[f"layers_{i}/out/w"] for i in range(3)] == [(0, 2, 4), (1, 3, 5), (0, 1, 2)]
+
+
+def test_layers_of_experts_are_of_one_kind_with_dense_ones():
+    attention = {"norm": ones(4), "q": ones(4, 4), "o": ones(4, 4)}
+    dense = {"up": ones(4, 8), "down": ones(8, 4)}
+    experts = {"router": ones(4, 3), "experts": {"up": ones(3, 4, 8), "down": ones(3, 8, 4)}}
+    params = {f"layers_{i}": attention | (dense, experts)[i % 2] for i in range(4)}
+    depth = Depth.from_rules({"layers_.*": numbered()}).resolve(params)
+    assert depth.groups == {"layers_.*": 4}
+    assert [depth[f"layers_{i}/q"].layers for i in range(4)] == [(i,) for i in range(4)]
+
+
+def test_what_is_masked_brings_no_kind_together():
+    """Which kind a masked layer is of is not known, nor whether it is between two of a kind."""
+    params = {f"block_{i}": (ATTENTION, MLP)[i % 2] for i in range(6)}
+    masked = params | {"block_2": optax.MaskedNode()}
+    depth = Depth.from_rules({"block_.*": numbered()}).resolve(masked)
+    assert [depth[f"block_{i}/norm"].layers for i in (0, 4)] == [(0,), (4,)]
+    assert depth["block_0/norm"].group != depth["block_1/norm"].group
 
 
 DENSE = {"kernel": ones(6, 4, 4)}

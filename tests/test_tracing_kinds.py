@@ -164,7 +164,12 @@ def heads(h, p):
     return jnp.concatenate([h @ p["heads"][k] for k in range(2)], -1)
 
 
+def table(h, p):
+    return h * p["table"]
+
+
 PIECES = {
+    "a table that data is multiplied by": (table, {"table": f(5, D)}),
     "taps": (taps, {"taps": f(3, D)}),
     "experts": (experts, {"experts": f(3, D, D)}),
     "heads": (heads, {"heads": f(2, D, D // 2)}),
@@ -174,7 +179,7 @@ PIECES = {
 @pytest.mark.parametrize("name", PIECES)
 @pytest.mark.parametrize("every", [1, 2, 3])
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "grad"])
-def test_tensors_that_are_taken_in_pieces_by_some_layers(grad, every, name):
+def test_tensors_that_are_no_matrices_or_in_pieces_in_some_layers(grad, every, name):
     piece, own = PIECES[name]
     params = {
         f"layer_{i}": {"scale": f(D), "out": f(D, D)}
@@ -183,13 +188,14 @@ def test_tensors_that_are_taken_in_pieces_by_some_layers(grad, every, name):
     }
 
     def forward(p, x):
+        x = x @ p["stem"]
         for i in range(6):
             one = p[f"layer_{i}"]
             h = x * one["scale"]
             x = x + (jnp.tanh(h @ one["mix"]) if "mix" in one else piece(h, one)) @ one["out"]
         return x
 
-    assert held(forward, params, grad=grad) == {
+    assert held(forward, params | {"stem": f(D, D)}, grad=grad) == {
         f"layer_{i}/{tensor}": ("layer_*", (i,))
         for i in range(6)
         for tensor in params[f"layer_{i}"]
