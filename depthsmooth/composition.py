@@ -8,6 +8,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 
+from depthsmooth.places import Shape
 from depthsmooth.siblings import Node
 from depthsmooth.walk import Piece, Walk
 
@@ -64,6 +65,51 @@ class Composition:
         starts = [min(self._turn[self._index[leaf.path]] for leaf in node.leaves) for node in nodes]
         rounds = {tuple(sorted(self._used[a:b])) for a, b in itertools.pairwise(starts)}
         return len(rounds) == 1
+
+    def is_plain(self, nodes: Sequence[Node]) -> bool:
+        """Whether each node's matrix is applied to the same kind of data.
+
+        In a perceptron that is what the one before has made, and in a residual network the sum
+        of what all before have. In blocks of two matrices the first takes the sum, and the
+        second what the first has made: they have different roles, whatever their shapes.
+        """
+        summed = self._walk.summed
+        leaves = [[self._index[leaf.path] for leaf in node.leaves] for node in nodes]
+        matrices = [[leaf for leaf in own if leaf in summed] for own in leaves]
+        made = [functools.reduce(operator.or_, map(self._made.get, own), 0) for own in matrices]
+        taken = [functools.reduce(operator.or_, map(summed.get, own), 0) for own in matrices]
+        before = list(itertools.accumulate(made, operator.or_))
+        every = before[-1]
+        if all(took & every == done for took, done in zip(taken[1:], before, strict=False)):
+            return True
+        others = {(took & ~every).bit_count() for took in taken[1:]}
+        is_chain = all(took & every == one for took, one in zip(taken[1:], made, strict=False))
+        return is_chain and len(others) == 1
+
+    def orders_along_axes(self, leaf: int, shape: Shape) -> dict[int, list[int]]:
+        """For each axis that a leaf is indexed on, place by place, the order if that composes."""
+        pieces = self.pieces[leaf]
+        orders = {}
+        for axis, size in enumerate(shape):
+            at: dict[int, list[Piece]] = {}
+            for piece in pieces:
+                for along, start, stop in piece[1]:
+                    if along == axis and stop == start + 1:
+                        at.setdefault(start, []).append(piece)
+            is_all = size > 1 and sorted(at) == list(range(size))
+            if is_all and sum(map(len, at.values())) == len(pieces) and self._are_chained(at):
+                orders[axis] = list(at)
+        return orders
+
+    def _are_chained(self, groups: Mapping[int, Sequence[Piece]]) -> bool:
+        """Whether each piece of a group meets what the group before has made, and none back."""
+        bits, met = self._walk.bits, self._walk.first_met
+        made = {at: sum(bits[piece] for piece in group) for at, group in groups.items()}
+        return all(
+            all(met[piece] & made[early] for piece in groups[late])
+            and not any(met[piece] & made[late] for piece in groups[early])
+            for early, late in itertools.pairwise(groups)
+        )
 
     def in_order(self, nodes: Sequence[Node]) -> list[Node] | None:
         """Some nodes in the order in which data goes through one after another.

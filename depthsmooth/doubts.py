@@ -17,6 +17,7 @@ from depthsmooth.siblings import (
     blocks_within,
     common_axes,
     hold_copies,
+    holds_layers,
     nesting_of,
     spare_axes,
     words_of,
@@ -105,9 +106,15 @@ def _said(rule: Rule) -> str:
 def doubts_among(family: Family, kinds: Sequence[Family], parts: bool) -> list[Doubt]:
     """What speaks against siblings of these kinds being layers, and what can be said of them."""
     are_blocks = any(kind.first.is_block for kind in kinds)
+    why = next((kind.stacked for kind in kinds if kind.stacked), "")
+    if why:
+        return [
+            doubt_stacks(kind, why, are_blocks)
+            if kind.stacked
+            else doubt_siblings(kind, why, are_blocks, family.has_holes)
+            for kind in kinds
+        ]
     why = family.misfit
-    if why and why == family.stacked:
-        return [doubt_stacks(kind, why, are_blocks) for kind in kinds]
     nested = [sorted(blocks_within(kind), key=_in_numeric_order) for kind in kinds]
     if not why and any(nested):
         group = next(inner[0].group for inner in nested if inner)
@@ -128,7 +135,17 @@ def doubts_among(family: Family, kinds: Sequence[Family], parts: bool) -> list[D
     if uneven and family.first.is_leaf:
         alike = [family]  # matrices in a list, like those of a perceptron, are no layers
     doubts = [doubt_siblings(each, why, grave, family.has_holes) for each in alike]
+    if any(doubt.rules != (numbered(),) for doubt in doubts) and _are_numbered(family):
+        doubts = [doubt_siblings(family, why, grave)]
     return [dataclasses.replace(doubt, is_likely=not uneven) for doubt in doubts]
+
+
+def _are_numbered(family: Family) -> bool:
+    """Whether one rule says of siblings of several kinds that each is a layer."""
+    nodes = family.members.values()
+    shapes = {leaf.path: leaf.shape for leaf in _leaves_of(nodes)}
+    are_layers = not (family.has_holes or any(map(holds_layers, nodes)))
+    return are_layers and _fits(numbered(), family.pattern, shapes)
 
 
 def unevenness_of(family: Family, kinds: Sequence[Family]) -> str:
@@ -199,11 +216,10 @@ def doubt_stacks(family: Family, why: str, grave: bool) -> Doubt:
     """A doubt of siblings each of which may be a stack: in turn, or one after another."""
     nodes = [*family.members.values()]
     leaves = _leaves_of(nodes)
-    rules = [] if any(spare_axes(leaves).values()) else [numbered()]
-    for axes in orders_of_axes(leaves):
-        rules += [Rule(axes, numbered=True), _one_after_another(nodes, axes), Rule(axes)]
+    single = [] if any(spare_axes(leaves).values()) else [numbered()]
+    rules = (*single, *rules_of_parts(leaves, nodes))
     stems = (family.pattern, family.narrow_pattern)
-    return Doubt(_norms_first(leaves), stems, why, tuple(rules), grave)
+    return Doubt(_norms_first(leaves), stems, why, rules, grave)
 
 
 def doubt_stack(

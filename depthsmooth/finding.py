@@ -184,11 +184,6 @@ def _refusal(doubts: Sequence[Doubt], shapes: Mapping[str, Shape]) -> AmbiguousD
     )
 
 
-def depth_of(tree: optax.Params, depth: Depth | None) -> Depth:
-    """The Depth of a tree that an optimizer was given: ``depth``, or else what can be found."""
-    return find_depth(tree, metadata=False) if depth is None else depth.resolve(tree)
-
-
 class _Search:
     """One walk down a tree, from the outermost containers to the leaves.
 
@@ -224,11 +219,11 @@ class _Search:
     def _layers_among(self, family: Family, parts: bool) -> Iterable[Node]:
         """The siblings that are layers, or may be: there is nothing more to look for in them."""
         is_named = is_layer_name(family.name) and not are_flat(family)
-        kinds = [kind for kind in family.kinds_of_layers if len(kind.members) > 1]
+        kinds = [kind for kind in family.kinds if len(kind.members) > 1]
         if not (is_named or parts):
             self._suspect(family, kinds)
             return []
-        alone = [kind.first for kind in family.kinds_of_layers if len(kind.members) == 1]
+        alone = [kind.first for kind in family.kinds if len(kind.members) == 1]
         uneven = unevenness_of(family, kinds)
         for node in alone:
             self._leave(node, uneven or f"{node.path} is the only layer of its kind")
@@ -242,8 +237,11 @@ class _Search:
             self._doubt(doubt)
         for kind in [] if doubts else kinds:
             self._place(kind)
+        said = {path for doubt in doubts for path in doubt.paths}
         layers = [node for kind in kinds for node in kind.members.values()]
-        return [*layers, *filter(_is_one_layer, alone)]
+        return layers + [
+            node for node in alone if node.leaves[0].path in said or _is_one_layer(node)
+        ]
 
     def _place(self, kind: Family) -> None:
         """Places siblings of one kind, each as a layer."""
@@ -366,7 +364,7 @@ def _may_hold_layers(node: Node) -> bool:
         for family in families_of(node):
             is_said = are_beside([family.name]) or is_part_name(family.name)
             if len(family.members) > 2 and not is_said:
-                alike = alike_among(family.kinds_of_layers)
+                alike = alike_among(family.kinds)
                 if any(siblings.first.is_block for siblings in alike):
                     return True
     return False
@@ -454,31 +452,28 @@ def _doubts_of_stack(node: Node, family: Family | None, why: str) -> list[Doubt]
     if len({*spare_axes(_vectors(node)).values()}) > 1 and _has_stacks(node):
         # Gemma 4 has a stack of stacks beside a stack: no rule says how these take turns.
         return [doubt_stack(node, [node], why, [])]
-    if family is None or len(family.kinds_of_layers) == len(family.members):
+    if family is None or len(family.kinds) == len(family.members):
         return [doubt_stack(node, [node], why, rules_of_stack(leaves))]
     if family.is_list:
         parts = [*family.members.values()]
         return [doubt_stack(node, [node], why, rules_of_parts(leaves, parts))]
-    if len(family.kinds_of_layers) == 1:
+    if len(family.kinds) == 1:
         return [doubt_stack(node, [node], why, rules_of_turns(leaves))]
-    turns = [
-        rules_of_turns if len(kind.members) > 1 else rules_of_stack
-        for kind in family.kinds_of_layers
-    ]
+    turns = [rules_of_turns if len(kind.members) > 1 else rules_of_stack for kind in family.kinds]
     return [
         doubt_stack(family.parent, [*kind.members.values()], why, rules(leaves))
-        for kind, rules in zip(family.kinds_of_layers, turns, strict=True)
+        for kind, rules in zip(family.kinds, turns, strict=True)
     ]
 
 
 def _turns_of(node: Node, family: Family | None) -> dict[str, tuple[str, str, int, int]]:
     """In a stack of blocks in turn, each leaf's group, tensor, turn, and the turns of a round."""
-    if family is None or len(family.kinds_of_layers) == len(family.members):
+    if family is None or len(family.kinds) == len(family.members):
         return {}
-    names = name_kinds(node.path, [2] * len(family.kinds_of_layers))
+    names = name_kinds(node.path, [2] * len(family.kinds))
     return {
         leaf.path: (name, kind.tensor(member, leaf), turn, len(kind.members))
-        for name, kind in zip(names, family.kinds_of_layers, strict=True)
+        for name, kind in zip(names, family.kinds, strict=True)
         for turn, member in enumerate(kind.members.values())
         for leaf in member.leaves
     }

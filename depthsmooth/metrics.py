@@ -13,7 +13,6 @@ import numpy as np
 import optax
 
 from depthsmooth.blocks import Tensor, inner, norms, ratio
-from depthsmooth.finding import depth_of
 from depthsmooth.gram import gram, spectrum
 from depthsmooth.layers import widened
 from depthsmooth.layout import Depth, Where
@@ -21,6 +20,7 @@ from depthsmooth.mesh import AxisName, with_automatic_axes
 from depthsmooth.places import leaves_of, shape_of, shown
 from depthsmooth.stencil import Stencil, apply, exchange, exists, join
 from depthsmooth.track import Track
+from depthsmooth.transform import depth_in
 
 By = Literal["group", "tensor"]
 """What is measured: the blocks of each group, or each of their tensors by itself."""
@@ -267,7 +267,7 @@ def check_measure(depth: Depth, by: By) -> None:
 
 
 def _places(updates: optax.Updates, depth: Depth, where: Where | None) -> Depth:
-    places = depth_of(updates, depth)
+    places = depth_in(updates, depth)
     return places if where is None else places.select(where, updates)
 
 

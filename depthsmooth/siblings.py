@@ -225,6 +225,8 @@ def are_of_one_kind(one: Node, two: Node) -> bool:
     """
     if bool(one.matrices) != bool(two.matrices):
         return False
+    if differ_in_experts(one, two):
+        return True
     shared = len(one.matrices & two.matrices)
     fewer, more = sorted((len(one.matrices), len(two.matrices)))
     are_most = 2 * len(one.tensors & two.tensors) > min(len(one.tensors), len(two.tensors))
@@ -337,23 +339,6 @@ class Family:
             for name, members in zip(names, found, strict=True)
         ]
 
-    @functools.cached_property
-    def kinds_of_layers(self) -> list[Family]:
-        """The same, where those with experts are of one kind with those that have an MLP."""
-        found: list[dict[int, Node]] = []
-        for kind in self.kinds:
-            for members in found:
-                if any(differ_in_experts(node, kind.first) for node in members.values()):
-                    members |= kind.members
-                    break
-            else:
-                found.append({**kind.members})
-        names = name_kinds(self.group, [len(members) for members in found])
-        return [
-            dataclasses.replace(self, group=name, members=dict(sorted(members.items())))
-            for name, members in zip(names, found, strict=True)
-        ]
-
     @property
     def halves(self) -> tuple[Node, Node] | None:
         """Two siblings that have half of their matrices in common, if that leaves their kind open.
@@ -428,7 +413,7 @@ class Family:
           >>> [family(*sizes).is_regular for sizes in ((1, 1, 2), (1, 2, 1, 2), (1, 2, 2, 1))]
           [True, True, False]
         """
-        kind_of = {n: k for k, kind in enumerate(self.kinds_of_layers) for n in kind.members}
+        kind_of = {n: k for k, kind in enumerate(self.kinds) for n in kind.members}
         return _are_regular([kind_of[number] for number in self.members])
 
     @property
@@ -460,7 +445,7 @@ class Family:
 
         As the stages of a convolutional network do, each of another width, or a feature encoder.
         """
-        for one, two in itertools.combinations([kind.first for kind in self.kinds_of_layers], 2):
+        for one, two in itertools.combinations([kind.first for kind in self.kinds], 2):
             ours, theirs = ({name for name, _ in node.matrices} for node in (one, two))
             if 2 * len(ours & theirs) > min(len(ours), len(theirs)) and not (
                 one.matrices & two.matrices
@@ -507,18 +492,14 @@ class Family:
 
     @property
     def misfit(self) -> str:
-        """Why they are not the layers of one stack, if they are not."""
+        """Why their numbers are not those of layers, if they are not."""
+        unnumbered, number = numbered_key(self.first.key)
+        is_like = number is not None or self.first.tensors == self.members[1].tensors
         if self.has_holes:
             return "their numbers have holes"
-        unnumbered = numbered_key(self.first.key)[0]
-        if next(iter(self.members)) == 1 and unnumbered in self.parent.children:
+        if not is_like or (number == 1 and unnumbered in self.parent.children):
             return f"{unnumbered} may be the first of them, but is not like them"
-        if (
-            numbered_key(self.first.key)[1] is None
-            and self.first.tensors != self.members[1].tensors
-        ):
-            return f"{self.first.key} may be the first of them, but is not like them"
-        return self.stacked
+        return ""
 
 
 def _are_regular(kinds: Sequence[int]) -> bool:

@@ -131,7 +131,7 @@ def trace_depth(
     if not placing.places:
         nothing = _nothing_found(placing, paths, leaves, bool(walk.first_met))
         raise DepthNotFoundError(f"{_function_first(fn)} {nothing}" if is_model(fn) else nothing)
-    alone = "it is no layer of a loop, and no sibling of another"
+    alone = "it is no layer of a loop, nor one of siblings of a kind that compose"
     return Depth(
         tuple(
             Leaf(path, shape_of(leaf), placing.places[index].on_devices_of(leaf))
@@ -220,6 +220,7 @@ class _Stack(NamedTuple):
       flipped: which of these they run along from the last to the first.
       anywhere: all the loops over layers that take slices of it.
       join: where it lies in an axis that it shares with others, if they run along that.
+      sites: the equations that put it together with these: one in each forward pass.
     """
 
     loops: tuple[Loop, ...]
@@ -227,6 +228,7 @@ class _Stack(NamedTuple):
     flipped: tuple[int, ...]
     anywhere: frozenset[Loop]
     join: Join | None = None
+    sites: frozenset[Loop] = frozenset()
 
 
 class _Turn(NamedTuple):
@@ -280,7 +282,9 @@ class _Placing:
                 if stack:
                     stacks[leaf] = stack
             else:
-                self.reasons[leaf] = "the loops that take slices of it do not compose them"
+                self.reasons[leaf] = (
+                    "the loops that take slices of it do not compose them, as far as can be told"
+                )
         for together in _groups({leaf: stack.anywhere for leaf, stack in stacks.items()}):
             for leaves in self._orders_in(together, stacks):
                 why = self._doubt_of(leaves, stacks)
@@ -350,12 +354,13 @@ class _Placing:
     def _stack(self, leaf: int, chains: Iterable[Chain]) -> _Stack | None:
         """What loops over layers make of a leaf, from the slices they take of slices."""
         found: list[_Chain] = []
-        joins: set[Join | None] = set()
+        joins: dict[Join | None, None] = {}
         for taken, origin, join in chains:
             over_layers = tuple(step for step in taken if step[0] in self._walk.layer_loops)
             if over_layers:
-                found.append(self._chain(leaf, over_layers, origin, is_first=not found))
-                joins.add(join)
+                is_first = all(len(loops) < len(over_layers) for loops, _ in found)
+                found.append(self._chain(leaf, over_layers, origin, is_first))
+                joins.setdefault(join)
         loops, spans = max(found, key=lambda taken: (taken[1] is not None, len(taken[0])))
         same = all(others == spans for by, others in found if by == loops)
         if spans is None or not same or not self._are_in_order(leaf, spans, found):
@@ -380,7 +385,8 @@ class _Placing:
             )
         flipped = tuple(k for k, span in enumerate(spans) if span.backwards)
         anywhere = frozenset(loop for loops, _ in found for loop in loops)
-        return _Stack(loops, axes, flipped, anywhere, shared)
+        sites = frozenset(join.site for join in joins if join is not None and shared is not None)
+        return _Stack(loops, axes, flipped, anywhere, shared, sites)
 
     def _chain(self, leaf: int, taken: Taken, origin: Origin, is_first: bool) -> _Chain:
         """Loops that take one of another's slices, with what they run along, if it is certain.
@@ -523,13 +529,11 @@ class _Placing:
 
     def _tensors(self, leaves: Sequence[int], stacks: Mapping[int, _Stack]) -> dict[int, str]:
         """The names of the tensors of leaves, of which some are put together before the loop."""
-        sites: dict[object, list[int]] = {}
-        for leaf in leaves:
-            join = stacks[leaf].join
-            sites.setdefault(join.site if join else leaf, []).append(leaf)
-        return {
+        alone = {leaf: self._paths[leaf] for leaf in leaves}
+        joined = {leaf: stacks[leaf].sites for leaf in leaves if stacks[leaf].sites}
+        return alone | {
             leaf: "/".join(filter(None, starred([self._paths[other] for other in together])))
-            for together in sites.values()
+            for together in _groups(joined)
             for leaf in together
         }
 
@@ -627,26 +631,23 @@ class _Placing:
         if list(ordered) != members:
             return "its siblings, which are not named after layers, are not in numeric order"
         is_sequential = family.is_list and family.is_uniform
-        is_module = sum(leaf.keys[-1] not in ("b", "bias") for leaf in kind.first.leaves) < 2
-        if is_module and not (is_sequential or self._composition.is_regular(ordered)):
+        is_module = sum(not _is_bias(leaf) for leaf in kind.first.leaves) < 2
+        is_regular = is_sequential or self._composition.is_regular(ordered)
+        if is_module and not (is_regular and self._composition.is_plain(ordered)):
             return "its siblings, which are not named after layers, may be parts of a block"
         return ""
 
     def _place_indexed(self, stacked: Set[int]) -> None:
         """Places the stacks whose slices are taken one by one, as by ``w[0]`` and ``w[1]``."""
         found: dict[tuple[int, str], dict[int, tuple[int, list[int]]]] = {}
-        for leaf, pieces in self._composition.pieces.items():
-            at = [ranges[0] for _, ranges in pieces if len(ranges) == 1]
-            axes = {axis for axis, _, _ in at}
-            if leaf in self.places or leaf in stacked or len(axes) != 1 or len(at) != len(pieces):
+        for leaf in self._composition.pieces:
+            if leaf in self.places or leaf in stacked:
                 continue
-            [axis] = axes
-            order = [start for _, start, stop in at if stop == start + 1]
-            size = self._shapes[leaf][axis]
-            in_full = size > 1 and sorted(order) == list(range(size))
-            if in_full and self._composition.is_chain(pieces):
+            orders = self._composition.orders_along_axes(leaf, self._shapes[leaf])
+            if len(orders) == 1:
+                [(axis, order)] = orders.items()
                 container = self._paths[leaf].rpartition("/")[0]
-                found.setdefault((size, container), {})[leaf] = (axis, order)
+                found.setdefault((len(order), container), {})[leaf] = (axis, order)
         pairs = {leaf for (size, _), leaves in found.items() if size == 2 for leaf in leaves}
         for (size, _), leaves in found.items():
             matrices = any(len(self._shapes[leaf]) > 2 for leaf in leaves)
@@ -678,7 +679,7 @@ class _Placing:
         return beside <= pairs and (bool(named) or len(beside) > 1)
 
     def _node(self, leaves: Iterable[int]) -> Node:
-        met, contracted = self._composition.pieces, self._walk.contracted
+        met, contracted = self._composition.pieces, self._walk.summed
         return Node(
             "",
             tuple(
@@ -697,6 +698,10 @@ class _Placing:
         name = name or common_path([self._paths[leaf] for leaf in leaves]) or "layers"
         self._names[name] += 1
         return f"{name} ({self._names[name]})" if self._names[name] > 1 else name
+
+
+def _is_bias(leaf: Known) -> bool:
+    return len(leaf.shape) < 2 and leaf.keys[-1] in ("b", "bias")
 
 
 def _groups(loops_of: Mapping[int, frozenset[Loop]]) -> list[list[int]]:

@@ -15,7 +15,7 @@ from depthsmooth import cuts as cuts_
 from depthsmooth import stencil
 from depthsmooth.blocks import Block, Tensor, everywhere, factors_of, norms, ratio, scaled
 from depthsmooth.cuts import Cuts
-from depthsmooth.finding import AmbiguousDepthError, depth_of
+from depthsmooth.finding import AmbiguousDepthError, find_depth
 from depthsmooth.layers import Halo, narrowed
 from depthsmooth.layout import Depth, DepthNotFoundError, Where, refuse_depths
 from depthsmooth.mesh import AxisName, manual_axes
@@ -354,9 +354,11 @@ def depth_in(tree: optax.Params, depth: Depth | None) -> Depth:
       AmbiguousDepthError: if none was given, and names leave it open.
       DepthNotFoundError: if none was given, and no layers have such names.
     """
+    if depth is not None:
+        return depth.resolve(tree)
     without = "No depth= was given, so layers were looked for by name."
     try:
-        return depth_of(tree, depth)
+        return find_depth(tree, metadata=False)
     except DepthNotFoundError as error:
         raise DepthNotFoundError(f"{without} {error}") from None
     except AmbiguousDepthError as error:

@@ -124,6 +124,9 @@ class _Source(NamedTuple):
 _DATA = _Source((), 0)
 """What comes from neither parameters nor a loop that is still running."""
 
+_RAW = 1
+"""The bit of data that no matrix has been applied to, beside those of pieces of parameters."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
@@ -135,6 +138,8 @@ class _Value:
       sources: what else it depends on.
       met: the pieces of parameters that data has met on its way here, as bits.
       number: which integers it is, if that is known.
+      summed: the matrices whose products it is made of, by sums and element by element, as
+        bits of their pieces: after a residual connection those of all blocks before.
       products: where it is a function of one contraction of what a loop carries with slices
         that the loop takes, element by element: these leaves, and the loop.
     """
@@ -143,6 +148,7 @@ class _Value:
     sources: frozenset[_Source] = frozenset()
     met: int = 0
     number: Number | None = None
+    summed: int = 0
     products: frozenset[tuple[int, Loop]] = frozenset()
 
 
@@ -158,7 +164,8 @@ class Walk:
       layer_loops: the loops that compose what they do with parameter slices.
       composing: the leaves that are contracted with what a loop carries, and that loop, but
         for those of gates: what their product is multiplied with is made by others.
-      contracted: the leaves that are contracted with data.
+      summed: for each leaf that is contracted with data the matrices whose products that
+        data is made of.
       first_met: for each piece of a parameter (the parameter, and what was taken of it by
         itself) the pieces that were behind the data it met first; in that order.
       bits: the bit of each piece among those that data has met.
@@ -168,14 +175,14 @@ class Walk:
         self.taken: dict[int, dict[Chain, None]] = {}
         self.layer_loops: set[Loop] = set()
         self.composing: set[tuple[int, Loop]] = set()
-        self.contracted: set[int] = set()
+        self.summed: dict[int, int] = {}
         self.first_met: dict[Piece, int] = {}
         self.bits: dict[Piece, int] = {}
         self._callers: Loop = ()
 
     def function(self, jaxpr: core.Jaxpr, parameters: int) -> None:
         """Walks a function whose first inputs are the parameters."""
-        data = _Value(sources=frozenset({_DATA}))
+        data = _Value(sources=frozenset({_DATA}), summed=_RAW)
         values = [data] * len(jaxpr.invars)
         for leaf, variable in enumerate(jaxpr.invars[:parameters]):
             # Integers can't be mixed, so they are as good as constants.
@@ -232,22 +239,30 @@ class Walk:
         composed: frozenset[_Source] = frozenset()
         weights: list[frozenset[_Part]] = [frozenset()] * len(equation.outvars)
         if name in _CONTRACTIONS:
-            self.contracted.update(
-                part.leaf for value in values for part in self._weights_in(value)
-            )
             composed, products = self._composed(equation, values)
             self._use(values)
+            summed = self._sum_of(values)
         else:
             weights = _weights(equation, values, self._callers)
             products = self._element_by_element(name, values)
+            summed = _summed(values)
         product = self._join(values, frozenset().union(*weights))
         product = dataclasses.replace(
-            product, sources=product.sources | composed, products=products
+            product, sources=product.sources | composed, products=products, summed=summed
         )
         return [
             dataclasses.replace(product, parts=parts) if _is_inexact(variable) else _chosen(product)
             for variable, parts in zip(equation.outvars, weights, strict=True)
         ]
+
+    def _sum_of(self, values: Sequence[_Value]) -> int:
+        """What a contraction is made of: the weights in it, and notes what these are applied to."""
+        weights = [tuple(self._weights_in(value)) for value in values]
+        for k, parts in enumerate(weights):
+            for part in parts:
+                self.summed.setdefault(part.leaf, _summed([*values[:k], *values[k + 1 :]]))
+        bits = [self._bit((part.leaf, part.ranges)) for parts in weights for part in parts]
+        return functools.reduce(operator.or_, bits) if bits else _summed(values)
 
     def _weights_in(self, value: _Value) -> Iterable[_Part]:
         """The parameters of a weight; none of activations that one has multiplied."""
@@ -333,7 +348,10 @@ class Walk:
             )
             if behind or piece[0] not in kept:
                 met |= self._meet(piece, behind)
-        return _Value(sources=sources, met=met)
+        return _Value(sources=sources, met=met, summed=_summed(values))
+
+    def _bit(self, piece: Piece) -> int:
+        return self.bits.setdefault(piece, 2 * _RAW << len(self.bits))
 
     def _meet(self, piece: Piece, behind: int) -> int:
         """Notes what is behind the data that a piece meets; gives the piece's bit.
@@ -341,7 +359,7 @@ class Walk:
         What counts is when it first meets data that others have made, before what it has made
         itself comes back to it: a mask has nothing behind it, and the gradient has all.
         """
-        bit = self.bits.setdefault(piece, 1 << len(self.bits))
+        bit = self._bit(piece)
         if behind and self.first_met.get(piece) == 0 and not behind & bit:
             del self.first_met[piece]  # its place in the order is that of now
         self.first_met.setdefault(piece, behind)
@@ -423,7 +441,8 @@ class Walk:
 
     def _carried(self, value: _Value, result: _Value, slot: _Source) -> _Value:
         """A carry as later iterations see it."""
-        return _Value(sources=value.sources | result.sources | {slot}, met=value.met | result.met)
+        sources = value.sources | result.sources | {slot}
+        return _Value(sources=sources, met=_met([value, result]), summed=_summed([value, result]))
 
     def _slice(self, value: _Value, loop: Loop, step: int) -> _Value:
         """What the body sees of a scanned operand: its leading dimension is taken."""
@@ -681,6 +700,10 @@ def _met(values: Sequence[_Value]) -> int:
     return functools.reduce(operator.or_, (value.met for value in values), 0)
 
 
+def _summed(values: Sequence[_Value]) -> int:
+    return functools.reduce(operator.or_, (value.summed for value in values), 0)
+
+
 def _scan_split(equation: core.JaxprEqn, body: core.Jaxpr) -> tuple[int, int]:
     """The number of constants and of carries of a scan.
 
@@ -709,7 +732,7 @@ def _callee(equation: core.JaxprEqn) -> core.Jaxpr | None:
 def _constant(atom: core.Var | core.Literal) -> _Value:
     """A literal, or an array the function closes over: that may be its data."""
     if _shape(atom):
-        return _Value(sources=frozenset({_DATA}))
+        return _Value(sources=frozenset({_DATA}), summed=_RAW)
     literal = getattr(atom, "val", None)
     is_integer = jnp.issubdtype(getattr(atom.aval, "dtype", np.bool_), np.integer)
     return _Value(number=Number(int(literal)) if literal is not None and is_integer else None)

@@ -206,6 +206,26 @@ def test_layers_with_experts_are_of_one_kind_with_those_that_have_an_mlp(names):
     assert [depth[f"layers/{i}/experts/2/up/kernel"].layer for i in (1, 3)] == [1, 3]
 
 
+def test_one_rule_is_for_layers_of_several_kinds():
+    """And for those that are alone of theirs, unless they hold layers."""
+    order = [block(), attention(), attention(), block()]
+    stack = {"encoder": {"norm": {"scale": jnp.ones((6, 4))}, "w": jnp.ones((6, 4, 4))}}
+    pyramid = {"blocks": [block(width=4 + (i > 0)) for i in range(3)]}
+    for layers in (order, [*order, stack], [*order, pyramid]):
+        with pytest.raises(AmbiguousDepthError, match=r"take no turns|in common") as raised:
+            find_depth({"layers": layers})
+        assert raised.value.readings == {r"layers/(\d+)/.*": ("numbered()",)}
+    params = {"layers": [*order, {"blocks": [block() for _ in range(3)]}]}
+    with pytest.raises(AmbiguousDepthError) as raised:
+        find_depth(params)
+    assert raised.value.readings == {
+        "layers/(0|3)/.*": ("sequence('layers/0', 'layers/3')",),
+        "layers/(1|2)/.*": ("numbered()",),
+    }
+    known = ds.Depth.from_rules({r"layers/[0-3]/.*": ()})
+    assert find_depth(params, known=known)["layers/4/blocks/2/norm/scale"].layer == 2
+
+
 def test_a_refusal_lists_every_doubt():
     towers = {f"tower{name}": {f"stage_{i}": block() for i in range(3)} for name in "abcdefgh"}
     with pytest.raises(AmbiguousDepthError) as raised:

@@ -310,6 +310,91 @@ def test_matrices_of_a_block_that_are_alike_are_no_layers():
         held(FlatTransformer().apply, params)
 
 
+def chained(p, x):
+    for one in p:
+        x = jnp.tanh(x @ one["kernel"] + one["bias"])
+    return x
+
+
+def summed(p, x):
+    for one in p:
+        x = x + jnp.tanh(x @ one["kernel"] + one["bias"])
+    return x
+
+
+def in_pairs(p, x):
+    for up, down in zip(p[::2], p[1::2], strict=True):
+        x = x + jnp.tanh(x @ up["kernel"]) @ down["kernel"] + down["bias"] + up["bias"]
+    return x
+
+
+def one_block(p, x):
+    value, out, up, down = (one["kernel"] for one in p[:4])
+    x = x + jax.nn.softmax(x @ x.T) @ (x @ value) @ out
+    return x + jnp.tanh(x @ up) @ down
+
+
+@pytest.mark.parametrize(
+    "keys", [[f"Dense_{i}" for i in range(6)], ["conv2d", *(f"conv2d_{i}" for i in range(1, 6))]]
+)
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "grad"])
+def test_matrices_that_are_applied_to_the_same_kind_of_data(grad, keys):
+    """What is added to the stream tells the two matrices of a block apart."""
+    params = {key: {"kernel": f(D, D), "bias": f(D)} for key in keys}
+    for fn in (chained, summed):
+        found = held(lambda p, x, fn=fn: fn([p[key] for key in keys], x), params, grad=grad)
+        assert {path: layers for path, (_, layers) in found.items()} == {
+            f"{key}/{tensor}": (i,) for i, key in enumerate(keys) for tensor in ("kernel", "bias")
+        }
+    for fn in (in_pairs, one_block):
+        with pytest.raises(DepthNotFoundError, match=r"may be parts of a block|do not compose"):
+            held(lambda p, x, fn=fn: fn([p[key] for key in keys], x), params, grad=grad)
+
+
+def layers_by_taps(p, x, i):
+    return sum(jnp.roll(x, k, 0) * p["own"][i, k] for k in range(3)) @ p["out"][i]
+
+
+def layers_of_experts(p, x, i):
+    return sum(jnp.tanh(x @ p["own"][i][e]) @ p["out"][i] for e in range(3))
+
+
+def layers_of_heads(p, x, i):
+    return jnp.concatenate([x @ p["own"][i][h] for h in range(2)], -1) @ p["out"][i]
+
+
+def layers_with_a_gate(p, x, i):
+    return jnp.tanh(x @ p["own"][i, 0]) * (x @ p["own"][i, 1]) @ p["out"][i]
+
+
+INDEXED = {
+    "taps": (layers_by_taps, f(4, 3, D)),
+    "experts": (layers_of_experts, f(4, 3, D, D)),
+    "heads": (layers_of_heads, f(4, 2, D, D // 2)),
+    "a gate": (layers_with_a_gate, f(4, 2, D, D)),
+}
+
+
+@pytest.mark.parametrize("name", INDEXED)
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "grad"])
+def test_stacks_that_are_indexed_and_then_taken_in_pieces(grad, name):
+    layer, shape = INDEXED[name]
+
+    def forward(p, x):
+        for i in range(4):
+            x = x + layer(p, x, i)
+        return x
+
+    depth = trace_depth(
+        jax.grad(lambda p, x: forward(p, x).sum()) if grad else forward,
+        {"own": shape, "out": f(4, D, D)},
+        X,
+    )
+    assert {path: (place.axes, place.layers) for path, place in depth.items()} == dict.fromkeys(
+        ("own", "out"), ((0,), (0, 1, 2, 3))
+    )
+
+
 @pytest.mark.parametrize("key", ["expert_{}", "tower_{}", "quantizer_{}"])
 def test_what_is_named_after_what_is_side_by_side_is_left_alone(key):
     params = {key.format(i): PAIR for i in range(3)}

@@ -310,6 +310,14 @@ GROUPS = {
         SIX[::-1],
     ),
     "threes": (lambda p, x: scan(lambda x, o: pairs(x, o, range(3)), x, in_groups(p, 2, 3)), SIX),
+    "pairs in rounds": (
+        lambda p, x: scan(
+            lambda x, two: scan(pairs, x, two),
+            x,
+            jax.tree.map(lambda leaf: leaf.reshape(3, 1, 2, *leaf.shape[1:]), p),
+        ),
+        SIX,
+    ),
     "masked pairs": (
         lambda p, x: scan(pairs, x, in_groups(p | {"w": p["w"] * TRIANGLE}, 3, 2)),
         SIX,
@@ -426,6 +434,35 @@ def test_stacks_that_the_function_puts_together():
         "mid": ((), (3,)),
         "high": ((0,), (5, 4)),
     }
+    assert len(trace_depth(forward, params, X).tracks) == 1
+
+
+def twice(p, x):
+    once = jax.jit(stacked)
+    return once(p, x) - once(p, 2 * x)
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "twice"])
+def test_stacks_that_are_made_again_are_the_same(way):
+    """In the backward pass, or in a second forward pass: one tensor through all the layers."""
+
+    def forward(p, x):
+        return (twice if way == "twice" else stacked)(p, x).sum()
+
+    for _ in range(4):
+        depth = trace_depth(jax.grad(jax.checkpoint(forward)), BLOCKS, X)
+        assert {(track.group, track.tensor_name) for track in depth.tracks} == {
+            ("block_*", "block_*/a"),
+            ("block_*", "block_*/b"),
+        }
+
+
+def test_stacks_that_take_turns_when_the_function_puts_them_together():
+    def forward(p, x):
+        return scan(dense, x, jnp.stack([p["a"], p["b"]], 1).reshape(6, D, D))
+
+    params = {"a": f(3, D, D), "b": f(3, D, D)}
+    assert held(forward, params, (X,), False) == {"a": ((0,), (0, 2, 4)), "b": ((0,), (1, 3, 5))}
     assert len(trace_depth(forward, params, X).tracks) == 1
 
 
