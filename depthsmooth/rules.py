@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -319,15 +319,20 @@ def _kinds(
 ) -> dict[int | None, tuple[str, Sequence[int]]]:
     """For each number, if layers are of several kinds, its group and the numbers in that.
 
-    Those of containers in a sequence are what it says. Where others are masked, it is not known
-    which kind these are of: all numbers then count, and what they leave out keeps two apart.
+    Those of containers in a sequence are what it says. A masked leaf counts with the shape that
+    its tensor has elsewhere. Of what kind a layer is that is masked as a whole is not known: all
+    numbers then count, and what they leave out keeps two apart.
     """
     if not found.rule.numbered or found.in_sequence:
         return {}
-    leaves: dict[int, list[Known]] = {}
+    shapes = {m.tensor: leaf.shape for m, leaf in zip(found.members, found.leaves, strict=True)}
+    leaves: dict[int, set[Known]] = {}
     for member, leaf in zip(found.members, found.leaves, strict=True):
         if member.number is not None:
-            leaves.setdefault(member.number, []).append(Known(member.tensor, leaf.shape))
+            leaves.setdefault(member.number, set()).add(Known(member.tensor, leaf.shape))
+    for number, tensor in _hidden(found.members, masked):
+        if number in leaves and tensor in shapes:
+            leaves[number].add(Known(tensor, shapes[tensor]))
     nodes = {number: Node("", tuple(leaves[number])) for number in numbers if number in leaves}
     kinds = Family(Node("", ()), found.group, nodes).kinds
     tensors = {frozenset(name for name, _ in kind.first.tensors) for kind in kinds}
@@ -339,6 +344,14 @@ def _kinds(
         for name, kind in zip(names, kinds, strict=True)
         for number in kind.members
     }
+
+
+def _hidden(members: Iterable[_Member], masked: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """The layer and the tensor of each masked leaf whose path is like those of members."""
+    for template in {member.template for member in members}:
+        like = re.escape(template).replace(r"\*", r"[-_]?(\d+)") + "(.*)"
+        for match in filter(None, (re.fullmatch(like, path) for path in masked)):
+            yield int(match[1]), template + match[2]
 
 
 def _axes_of(path: str, shape: Shape, rule: Rule, pattern: str) -> Axes:

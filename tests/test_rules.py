@@ -373,6 +373,15 @@ def test_layers_of_experts_are_of_one_kind_with_dense_ones():
     assert [depth[f"layers_{i}/q"].layers for i in range(4)] == [(i,) for i in range(4)]
 
 
+def test_a_layer_of_which_most_is_masked_is_of_the_kind_that_it_is():
+    params = {f"block_{i}": {name: ones(4, 4) for name in ("q", "k", "o")} for i in range(4)}
+    hidden = dict.fromkeys(("q", "o"), optax.MaskedNode())
+    masked = params | {"block_1": params["block_1"] | hidden}
+    depth = Depth.from_rules({"block_.*": numbered()}).resolve(masked)
+    assert depth.groups == {"block_.*": 4}
+    assert [depth[f"block_{i}/k"].layers for i in range(4)] == [(0,), (1,), (2,), (3,)]
+
+
 def test_what_is_masked_brings_no_kind_together():
     """Which kind a masked layer is of is not known, nor whether it is between two of a kind."""
     params = {f"block_{i}": (ATTENTION, MLP)[i % 2] for i in range(6)}
