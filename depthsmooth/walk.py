@@ -10,9 +10,7 @@ experts and chunks of a vocabulary only add up.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-import operator
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -246,14 +244,16 @@ class Walk:
             weights = _weights(equation, values, self._callers)
             products = self._element_by_element(name, values)
             summed = _summed(values)
-        product = self._join(values, frozenset().union(*weights))
-        product = dataclasses.replace(
-            product, sources=product.sources | composed, products=products, summed=summed
-        )
-        return [
-            dataclasses.replace(product, parts=parts) if _is_inexact(variable) else _chosen(product)
-            for variable, parts in zip(equation.outvars, weights, strict=True)
-        ]
+        sources = frozenset().union(composed, *(value.sources for value in values))
+        met = self._meet_all(values, frozenset().union(*weights))
+        results = []
+        for variable, parts in zip(equation.outvars, weights, strict=True):
+            is_data = _is_inexact(variable)
+            own = sources if is_data else _chosen(sources)
+            results.append(
+                _Value(parts if is_data else frozenset(), own, met, None, summed, products)
+            )
+        return results
 
     def _sum_of(self, values: Sequence[_Value]) -> int:
         """What a contraction is made of: the weights in it, and notes what these are applied to."""
@@ -261,14 +261,19 @@ class Walk:
         for k, parts in enumerate(weights):
             for part in parts:
                 self.summed.setdefault(part.leaf, _summed([*values[:k], *values[k + 1 :]]))
-        bits = [self._bit((part.leaf, part.ranges)) for parts in weights for part in parts]
-        return functools.reduce(operator.or_, bits) if bits else _summed(values)
+        made = 0
+        for part in itertools.chain(*weights):
+            made |= self._bit((part.leaf, part.ranges))
+        return made or _summed(values)
 
     def _weights_in(self, value: _Value) -> Iterable[_Part]:
         """The parameters of a weight; none of activations that one has multiplied."""
-        own = (self.bits.get((part.leaf, part.ranges), 0) for part in value.parts)
-        is_weight = not value.sources or not value.met & ~functools.reduce(operator.or_, own, 0)
-        return value.parts if is_weight else ()
+        if not (value.parts and value.sources):
+            return value.parts
+        others = value.met
+        for part in value.parts:
+            others &= ~self.bits.get((part.leaf, part.ranges), 0)
+        return () if others else value.parts
 
     def _element_by_element(
         self, name: str, values: Sequence[_Value]
@@ -277,9 +282,9 @@ class Walk:
 
         If it is not, they are used, unless they are what something else is multiplied with.
         """
+        if not any(value.products for value in values):
+            return frozenset()
         products = frozenset().union(*(value.products for value in values))
-        if not products:
-            return products
         loops = {loop for _, loop in products}
         carried = [value for value in values if any(s.loop in loops for s in value.sources)]
         if all(value.products == products for value in carried):
@@ -313,6 +318,8 @@ class Walk:
                 for loop, along in part.taken
                 if along or not value.sources
             }
+            if not slicing:
+                continue
             loops = {loop for loop, _ in slicing}
             mine = {(source.loop, source.slot) for source in value.sources}
             slots = {
@@ -323,32 +330,36 @@ class Walk:
             }
             carrying = {source.loop for source in slots}
             products |= {(leaf, loop) for loop, leaf in slicing if loop in carrying}
-            composed |= {source._replace(composed=True) for source in slots}
+            composed |= {_Source(source.loop, source.slot, True) for source in slots}
         return frozenset(composed), frozenset(products)
 
-    def _join(self, values: Sequence[_Value], weights: frozenset[_Part] = frozenset()) -> _Value:
-        """A value that depends on several; if on data, what it has met is noted.
+    def _join(self, values: Sequence[_Value]) -> _Value:
+        """A value that depends on several; if on data, what it has met is noted."""
+        sources = frozenset().union(*(value.sources for value in values))
+        if not sources:
+            parts = frozenset().union(*(value.parts for value in values))
+            return _Value(parts, met=_met(values))
+        met = self._meet_all(values, frozenset())
+        return _Value(sources=sources, met=met, summed=_summed(values))
+
+    def _meet_all(self, values: Sequence[_Value], weights: frozenset[_Part]) -> int:
+        """Notes what data meets in several values; gives all that has been met.
 
         What is still a weight, like a masked one, has not met the data proper, which other
         parameters have made something of.
         """
-        sources = frozenset().union(*(value.sources for value in values))
-        parts = frozenset().union(*(value.parts for value in values))
         met = _met(values)
-        if not sources:
-            return _Value(parts, met=met)
+        held = [{(part.leaf, part.ranges) for part in value.parts} for value in values]
+        pieces = set().union(*held)
+        if not pieces:
+            return met
         kept = {part.leaf for part in weights}
-        for piece in sorted({(part.leaf, part.ranges) for part in parts}):
-            behind = _met(
-                [
-                    value
-                    for value in values
-                    if not any((part.leaf, part.ranges) == piece for part in value.parts)
-                ]
-            )
+        for piece in sorted(pieces):
+            others = [value for value, own in zip(values, held, strict=True) if piece not in own]
+            behind = _met(others)
             if behind or piece[0] not in kept:
                 met |= self._meet(piece, behind)
-        return _Value(sources=sources, met=met, summed=_summed(values))
+        return met
 
     def _bit(self, piece: Piece) -> int:
         return self.bits.setdefault(piece, 2 * _RAW << len(self.bits))
@@ -525,10 +536,9 @@ def _stack(value: _Value, loop: Loop, step: int, shape: Shape) -> _Value:
     return dataclasses.replace(value, parts=frozenset(parts), number=number)
 
 
-def _chosen(value: _Value) -> _Value:
+def _chosen(sources: frozenset[_Source]) -> frozenset[_Source]:
     """What goes on as an index, like that of the nearest code, is not composed."""
-    sources = frozenset(source._replace(composed=False) for source in value.sources)
-    return dataclasses.replace(value, sources=sources)
+    return frozenset(_Source(source.loop, source.slot) for source in sources)
 
 
 def _outside(value: _Value, loop: Loop) -> _Value:
@@ -696,12 +706,18 @@ def _is_within(part: _Part, axis: int) -> bool:
     return any(part.join.start <= at < part.join.stop for at in places)
 
 
-def _met(values: Sequence[_Value]) -> int:
-    return functools.reduce(operator.or_, (value.met for value in values), 0)
+def _met(values: Iterable[_Value]) -> int:
+    met = 0
+    for value in values:
+        met |= value.met
+    return met
 
 
-def _summed(values: Sequence[_Value]) -> int:
-    return functools.reduce(operator.or_, (value.summed for value in values), 0)
+def _summed(values: Iterable[_Value]) -> int:
+    summed = 0
+    for value in values:
+        summed |= value.summed
+    return summed
 
 
 def _scan_split(equation: core.JaxprEqn, body: core.Jaxpr) -> tuple[int, int]:
