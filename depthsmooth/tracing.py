@@ -474,7 +474,7 @@ class _Placing:
         ):
             return "loops within loops run over one axis of it, and other layers are beside them"
         if any(self._is_taken_further(leaf, stacks[leaf].axes) for leaf in leaves):
-            return "loops run over some of its layers, and indices over others"
+            return "each step of a loop takes parts of its slice: they may be layers, or parts of one"
         return ""
 
     def _is_taken_further(self, leaf: int, axes: Axes) -> bool:
