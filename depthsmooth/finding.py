@@ -58,6 +58,7 @@ from depthsmooth.siblings import (
     have_copies,
     holds_layers,
     is_layer_name,
+    is_network_name,
     is_norm_word,
     is_part_name,
     is_stack_name,
@@ -257,7 +258,9 @@ class _Search:
         side by side, or parts of a block. Two may be an encoder and a decoder, or two players.
         """
         numbered = [key for key in family.container if numbered_key(key)[1] is not None]
-        is_said = are_copies([family.name, *numbered]) or are_flat(family)
+        is_network = family.is_list and is_network_name(family.name)
+        is_said = are_copies(numbered) or are_flat(family)
+        is_said = is_said or (are_copies([family.name]) and not is_network)
         why = "its siblings may be layers, or copies side by side"
         for alike in alike_among(kinds):
             # Stacks that norms tell are doubted each by itself.

@@ -791,6 +791,20 @@ def hold_copies(keys: Sequence[str]) -> bool:
     return any(word in _SEVERAL for key in keys for word in words_of(key))
 
 
+def is_network_name(key: str) -> bool:
+    """Whether a key names one network: the items of a list in it are its layers, or copies.
+
+    Example:
+      >>> [is_network_name(key) for key in ("action_expert", "experts", "medusa_head")]
+      [True, False, False]
+    """
+    return bool(_NETWORKS & {*words_of(key)})
+
+
+_NETWORKS = frozenset({"agent", "critic", "expert"})
+"""Words for a whole network, where there is one: the action_expert of openpi."""
+
+
 def is_norm_word(word: str) -> bool:
     """Whether a word names a normalisation."""
     return word.endswith("norm") or word == "ln"

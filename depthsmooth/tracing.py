@@ -474,7 +474,9 @@ class _Placing:
         ):
             return "loops within loops run over one axis of it, and other layers are beside them"
         if any(self._is_taken_further(leaf, stacks[leaf].axes) for leaf in leaves):
-            return "each step of a loop takes parts of its slice: they may be layers, or parts of one"
+            return (
+                "the steps of a loop take parts of its slices, which may be layers or parts of one"
+            )
         return ""
 
     def _is_taken_further(self, leaf: int, axes: Axes) -> bool:

@@ -581,3 +581,17 @@ def test_explains_what_it_left_alone():
     depth = find_depth({"layers": block(6), "head": jnp.ones((4, 2)), "block_0": block()})
     assert "neither numbered like a layer nor in a stack" in depth.explain("head")
     assert "the only layer of its kind" in depth.explain("block_0/norm/scale")
+
+
+@pytest.mark.parametrize("name", ["action_expert", "critic"])
+def test_a_bare_list_in_a_network_of_its_own_is_not_left_in_silence(name):
+    """Its items may be the layers of a second tower, or copies of it."""
+    params = {"layers": [block() for _ in range(3)], name: [block() for _ in range(4)]}
+    with pytest.raises(AmbiguousDepthError, match=rf"{name}/0/attn/kernel \(8, 4\)") as refused:
+        find_depth(params)
+    [(pattern, rules)] = refused.value.readings.items()
+    assert rules == ("numbered()",)
+    known = ds.Depth.from_rules({pattern: ds.numbered()})
+    assert find_depth(params, known=known).groups == {"layers/*": 3, pattern: 4}
+    copies = {"layers": params["layers"], f"{name}s": params[name]}
+    assert find_depth(copies).groups == {"layers/*": 3}
