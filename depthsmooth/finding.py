@@ -98,7 +98,7 @@ def find_depth(params: optax.Params, *, metadata: bool = True, known: Depth | No
         be found: what settles a refusal. The rule ``()`` is for those that hold no layers.
 
     Returns:
-      The Depth, with a group for each stack and for each family of numbered siblings,
+      The Depth, with a group for each stack and for each kind of numbered siblings,
       or for each kind of these, and those of ``known``.
 
     Raises:

@@ -65,7 +65,8 @@ class Depth(Mapping[str, Place]):
     def from_rules(cls, rules: Mapping[str, RuleLike]) -> Depth:
         """Says where depth is: the leaves that one pattern matches are one depth group.
 
-        The rules meet the parameters when the optimizer is initialised, and the
+        Layers of several kinds that take turns, like attention and MLP, are a group for
+        each kind. The rules meet the parameters when the optimizer is initialised, and the
         updates when an update is traced.
 
         Args:

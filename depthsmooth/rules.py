@@ -60,7 +60,8 @@ def numbered() -> Rule:
     leaves that the pattern matches, or the one that the pattern puts in parentheses:
     ``r"decoder/block_(\d+)/.*"``. One in parentheses is believed, also where a tree looks
     like a stack, or has but one layer. Numbers begin with 0 or 1; the first layer may
-    have none (Haiku's ``block``, ``block_1``, …).
+    have none (Haiku's ``block``, ``block_1``, …). Layers of several kinds that take turns
+    have an order for each kind.
 
     Returns:
       The rule, for :meth:`depthsmooth.Depth.from_rules`.
@@ -242,7 +243,7 @@ def _placed(
     shapes: Mapping[str, Shape],
     masked: Sequence[str],
 ) -> dict[str, Place]:
-    """The places of the leaves of one rule, which are one group."""
+    """The places of the leaves of one rule, in one group, or in one for each kind."""
     places: dict[str, Place] = {}
     if not rule.containers:
         whole = [_Member(path, path) for path in paths]

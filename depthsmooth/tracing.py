@@ -74,7 +74,7 @@ def trace_depth(
       **kwargs: further keyword arguments, likewise.
 
     Returns:
-      The Depth, with a group for each stack of layers. Its paths are those of the
+      The Depth, with a group for each stack, or each kind of siblings. Its paths are those of the
       tree that the optimizer gets: the tree of parameters,
       ``nnx.state(model, nnx.Param)``, or ``eqx.filter(model, eqx.is_inexact_array)``.
 
