@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks import results
 from depthsmooth import stencil
-from depthsmooth.layers import Axes
+from depthsmooth.depth.leaves import Axes
 
 ROUNDS = 7
 ELEMENTS = 12_000_000

@@ -1,17 +1,32 @@
 """Mixes the updates of neighbouring layers: Gradient Smoothing for Optax."""
 
-from depthsmooth.alias import adamw, lion, muon, normuon, sgd
-from depthsmooth.finding import AmbiguousDepthError, find_depth
-from depthsmooth.layout import Depth, DepthNotFoundError
+from depthsmooth.depth import (
+    AmbiguousDepthError,
+    Depth,
+    DepthNotFoundError,
+    Leaf,
+    Place,
+    Rule,
+    Track,
+    find_depth,
+    interleaved,
+    numbered,
+    projections,
+    sequence,
+    trace_depth,
+)
 from depthsmooth.metrics import (
     DepthMetrics,
     GradientNoise,
+    MonitorDepthState,
+    as_scalars,
     depth_metrics,
     gradient_noise_over_depth,
     line_shape_score,
+    monitor_depth,
+    read_metrics,
     residual_alignment,
 )
-from depthsmooth.monitor import MonitorDepthState, as_scalars, monitor_depth, read_metrics
 from depthsmooth.operators import (
     compose,
     diffusion,
@@ -25,12 +40,7 @@ from depthsmooth.operators import (
     shuffled,
     window,
 )
-from depthsmooth.orthogonal import muon_dimension_numbers
-from depthsmooth.places import Place
-from depthsmooth.rules import Rule, interleaved, numbered, sequence
-from depthsmooth.scope import projections
-from depthsmooth.tracing import trace_depth
-from depthsmooth.track import Leaf, Track
+from depthsmooth.optimizers import adamw, lion, muon, muon_dimension_numbers, normuon, sgd
 from depthsmooth.transform import (
     SmoothOverDepthState,
     augment_over_depth,

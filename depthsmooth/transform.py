@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
@@ -11,19 +10,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from depthsmooth import cuts as cuts_
-from depthsmooth import stencil
-from depthsmooth.blocks import Block, Tensor, everywhere, factors_of, norms, ratio, scaled
-from depthsmooth.cuts import Cuts
-from depthsmooth.finding import AmbiguousDepthError, find_depth
-from depthsmooth.layers import Halo, narrowed
-from depthsmooth.layout import Depth, DepthNotFoundError, Where, refuse_depths
+from depthsmooth.arrays.binding import tensor_of
+from depthsmooth.arrays.layers import Halo, narrowed
+from depthsmooth.arrays.norms import Block, Tensor, everywhere, factors_of, norms, ratio, scaled
+from depthsmooth.arrays.shifts import apply, exchange, scaled_stencil
+from depthsmooth.depth.layout import Cuts, Depth, Where, check_cuts, cuts_of_groups, refuse_depths
+from depthsmooth.depth.leaves import Track
+from depthsmooth.depth.names.find import depth_in
+from depthsmooth.depth.paths import is_masked, leaves_of, nodes_of
 from depthsmooth.mesh import AxisName, manual_axes
-from depthsmooth.operators import Operator, check_operator, window
-from depthsmooth.places import is_masked, leaves_of, nodes_of, shape_of, shown, some
-from depthsmooth.track import Track
+from depthsmooth.operators.general import check_operator
+from depthsmooth.operators.smoothing import window
+from depthsmooth.operators.stencil import Operator, Stencil, identity, join
 
 Variant = Literal["standard", "norm_preserving", "directional"]
+
+
 NormOver = Literal["tensor", "block"]
 
 
@@ -305,7 +307,7 @@ def _over_depth(
             f"axis_name is {axis_name!r}, but has to be the name of a mesh axis, or a tuple of "
             "names."
         )
-    cuts_.check(cuts)
+    check_cuts(cuts)
     if cuts and depth is None:
         raise ValueError(
             f"cuts are {cuts!r}, which count the layers of a depth: give it, by depth=..., such as "
@@ -313,9 +315,9 @@ def _over_depth(
             "that are masked."
         )
 
-    def stencils_of(tree: optax.Params, count: jax.Array) -> dict[Track, stencil.Stencil]:
+    def stencils_of(tree: optax.Params, count: jax.Array) -> dict[Track, Stencil]:
         found = depth_in(tree, depth)
-        at = cuts_.of_groups(cuts, found, depth or found, leaves_of(tree)[1])
+        at = cuts_of_groups(cuts, found, depth or found, leaves_of(tree)[1])
         selected = found if where is None else found.select(where, tree)
         return _stencils(operator, count, selected, at)
 
@@ -347,65 +349,29 @@ def _over_depth(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def depth_in(tree: optax.Params, depth: Depth | None) -> Depth:
-    """The Depth of a tree that an optimizer was given, or may have been given without one.
-
-    Raises:
-      AmbiguousDepthError: if none was given, and names leave it open.
-      DepthNotFoundError: if none was given, and no layers have such names.
-    """
-    if depth is not None:
-        return depth.resolve(tree)
-    without = "No depth= was given, so layers were looked for by name."
-    try:
-        return find_depth(tree, metadata=False)
-    except DepthNotFoundError as error:
-        raise DepthNotFoundError(f"{without} {error}") from None
-    except AmbiguousDepthError as error:
-        doubts = [
-            f"{_first_of(pattern, tree)} may be "
-            + " or ".join(f"{{{pattern!r}: {rule}}}" for rule in (*rules[:2], "()"))
-            for pattern, rules in error.readings.items()
-        ]
-        raise AmbiguousDepthError(
-            f"{without} Names leave open where they are: {some(doubts, 4)}; () says that they are "
-            "none. Give depth=trace_depth(fn, params, batch), which follows the parameters "
-            "through the forward pass, or depth=find_depth(params, "
-            "known=Depth.from_rules({pattern: rule})) with one of these for each.",
-            error.readings,
-        ) from None
-
-
-def _first_of(pattern: str, tree: optax.Params) -> str:
-    """The first leaf that a pattern matches, as messages name it."""
-    leaves = leaves_of(tree)[0]
-    alike = (leaf for leaf in leaves if re.fullmatch(pattern, leaf[0]))
-    return next((shown(path, shape_of(leaf)) for path, leaf in alike), repr(pattern))
-
-
 def _stencils(
     operator: Operator, count: jax.Array, depth: Depth, cuts: Mapping[str, Sequence[int]]
-) -> dict[Track, stencil.Stencil]:
+) -> dict[Track, Stencil]:
     """The stencil of each track: the operator's for each of its runs of layers."""
-    made: dict[tuple[int, ...], stencil.Stencil] = {}
+    made: dict[tuple[int, ...], Stencil] = {}
     stencils = {}
     for track in depth.tracks:
         runs = track.runs_between(cuts.get(track.group, ()))
         if runs not in made:
             try:
-                made[runs] = stencil.join([_stencil(operator, count, n) for n in runs])
+                made[runs] = join([_stencil(operator, count, n) for n in runs])
             except ValueError as error:
                 raise ValueError(f"In {track.group}: {error}") from error
         stencils[track] = made[runs]
     return stencils
 
 
-def _stencil(operator: Operator, count: jax.Array, layers: int) -> stencil.Stencil:
+def _stencil(operator: Operator, count: jax.Array, layers: int) -> Stencil:
     """The operator for one run of layers: a single layer is left as it is."""
     if layers == 1:
-        return stencil.identity(1)
+        return identity(1)
     made = operator(layers, count)
-    if not isinstance(made, stencil.Stencil) or made.layers != layers:
+    if not isinstance(made, Stencil) or made.layers != layers:
         raise ValueError(
             f"{operator!r} is no operator: for {layers} layers it gives a {type(made).__name__}, "
             "but has to give a Stencil of as many, as window(0.1) and from_matrix(matrix) do."
@@ -413,11 +379,9 @@ def _stencil(operator: Operator, count: jax.Array, layers: int) -> stencil.Stenc
     return made
 
 
-def _bundles(
-    stencils: Mapping[Track, stencil.Stencil], norm_over: NormOver
-) -> list[dict[Track, stencil.Stencil]]:
+def _bundles(stencils: Mapping[Track, Stencil], norm_over: NormOver) -> list[dict[Track, Stencil]]:
     """The tracks whose layers have norms in common, without those that nothing happens to."""
-    bundles: dict[object, dict[Track, stencil.Stencil]] = {}
+    bundles: dict[object, dict[Track, Stencil]] = {}
     for track, mixing in stencils.items():
         name = track.group if norm_over == "block" else track
         bundles.setdefault(name, {})[track] = mixing
@@ -430,7 +394,7 @@ def _bundles(
 
 def _augmented(
     variant: Callable[[Read], Block],
-    bundle: Mapping[Track, stencil.Stencil],
+    bundle: Mapping[Track, Stencil],
     updates: Mapping[str, jax.Array],
     zero: jax.Array,
     axis_name: AxisName | None,
@@ -441,7 +405,7 @@ def _augmented(
     at once, and keep all of their updates until the last is done.
     """
     mixings = [
-        _Mixing.of(track, operator, track.tensor(updates, axis_name))
+        _Mixing.of(track, operator, tensor_of(track, updates, axis_name))
         for track, operator in bundle.items()
     ]
     block = [mixing.tensor for mixing in mixings]
@@ -470,14 +434,14 @@ class _Mixing:
     """One tensor, and all that it is mixed by."""
 
     track: Track
-    operator: stencil.Stencil
+    operator: Stencil
     tensor: Tensor
     halos: Sequence[Halo]
 
     @classmethod
-    def of(cls, track: Track, operator: stencil.Stencil, tensor: Tensor) -> _Mixing:
+    def of(cls, track: Track, operator: Stencil, tensor: Tensor) -> _Mixing:
         """With what other shards have of it."""
-        halos = stencil.exchange(
+        halos = exchange(
             operator,
             tensor.arrays,
             tensor.axes,
@@ -512,8 +476,8 @@ class _Mixing:
         """What the operator makes of the tensor, each layer of which is first multiplied."""
         operator = self.operator
         if factors is not None:
-            operator = operator.of_scaled(everywhere(factors_of(factors, self.track.present)))
-        arrays = stencil.apply(
+            operator = scaled_stencil(operator, everywhere(factors_of(factors, self.track.present)))
+        arrays = apply(
             operator,
             self.tensor.arrays,
             self.tensor.axes,

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from depthsmooth.axes import UNKNOWN, cut, follow, own
+from depthsmooth.depth.tracing.axes import UNKNOWN, cut, follow, own
 
 
 @st.composite

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from depthsmooth.counters import Number, follow
+from depthsmooth.depth.tracing.counters import Number, follow
 
 LOOP = (7,)
 SCALARS = [

@@ -12,8 +12,7 @@ import pytest
 
 import depthsmooth as ds
 from depthsmooth import AmbiguousDepthError, DepthNotFoundError, find_depth
-from depthsmooth.places import Place
-from depthsmooth.track import Leaf
+from depthsmooth.depth.leaves import Leaf, Place
 from tests.test_finding import TREES, tree_of, truth_of
 
 NAMES = {"interleaved": ds.interleaved, "numbered": ds.numbered, "sequence": ds.sequence}

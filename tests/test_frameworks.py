@@ -12,7 +12,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import depthsmooth as ds
-from depthsmooth.places import leaves_of, path_string
+from depthsmooth.depth.paths import leaves_of, path_string
 from tests import reference
 
 X = jax.random.normal(jax.random.key(0), (2, 8))

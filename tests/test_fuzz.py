@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import depthsmooth as ds
-from depthsmooth.places import leaves_of, path_string
+from depthsmooth.depth.paths import leaves_of, path_string
 from tests import reference
 
 DTYPES = {"float32": 1e-5, "bfloat16": 2e-3, "float16": 3e-4, "float64": 1e-11, "complex64": 1e-5}

@@ -7,7 +7,6 @@ import math
 import os
 import pathlib
 import pickle
-import re
 import struct
 import subprocess
 import sys
@@ -25,15 +24,13 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-import rich.console
 import safetensors.numpy
 from flax.training.train_state import TrainState
 
 import depthsmooth as ds
-from depthsmooth.__main__ import main
-from depthsmooth.printer import pretty, show
-from depthsmooth.rules_file import read_rules
-from depthsmooth.targets import read_target
+from depthsmooth.cli.inspect import main
+from depthsmooth.cli.rules_file import read_rules
+from depthsmooth.cli.targets import read_target
 from tests.test_finding import TREES, found, tree_of
 
 NOTE = "note: --subtree params shows the tree that most optimizers get, with its paths.\n"
@@ -719,7 +716,7 @@ def test_the_lines_of_a_remedy_are_rules_as_they_are(tmp_path, run, monkeypatch)
     for name, boxed in itertools.product(TREES, (True, False)):
         depth, error = found(name, boxed)
         tree = tree_of(name, boxed=boxed)
-        monkeypatch.setattr("depthsmooth.__main__.read_target", lambda _, tree=tree: tree)
+        monkeypatch.setattr("depthsmooth.cli.inspect.read_target", lambda _, tree=tree: tree)
         status, out, err = run("model")
         if error is None:
             assert (status, out) == (0, f"{depth}\n")
@@ -830,39 +827,6 @@ def test_rules_in_json_that_are_wrong_are_one_line(tmp_path, wrong):
     assert "not a Depth in JSON" in wrong(tmp_path / "x.npz", "--rules", tmp_path / "rules.json")
 
 
-@pytest.mark.parametrize("width", [40, 60, 80, 200])
-def test_a_terminal_is_filled_and_not_exceeded(width):
-    tree = {f"a_rather_long_name_of_a_model/block_{i}": block() for i in range(123)}
-    tree |= {f"[b]{i}[/b]": jnp.ones((3, 4)) for i in range(30)}
-    depth = ds.find_depth(tree) | ds.Depth.from_rules({r"\[b\]1\[/b\]": 0})
-    console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=width)
-    console.print(pretty(depth))
-    printed = console.file.getvalue()
-    assert "\x1b[" in printed
-    lines = re.sub(r"\x1b\[[\d;]*m", "", printed).splitlines()
-    assert max(map(len, lines)) <= width
-    columns = lines[0].index("layers") if width > 40 else 6
-    group = "".join(line[:columns].strip() for line in lines)
-    for name, layers in depth.groups.items():
-        assert name in group
-        assert any(str(layers) in line.split() for line in lines)
-    assert "and 17 more" in " ".join(" ".join(lines).split())
-
-
-def test_a_terminal_gets_colour_unless_it_is_not_wanted(monkeypatch, capsys):
-    depth = ds.find_depth(MODELS["stacked"])
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setenv("TERM", "xterm")
-    show(depth)
-    assert "\x1b[36m" in capsys.readouterr().out
-    monkeypatch.setenv("NO_COLOR", "1")
-    show(depth)
-    assert "\x1b[36m" not in capsys.readouterr().out
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    show(depth)
-    assert capsys.readouterr().out == f"{depth}\n"
-
-
 def command(*arguments, **options):
     return subprocess.Popen(
         [sys.executable, "-m", "depthsmooth", *map(str, arguments)],
@@ -947,7 +911,7 @@ def test_ten_gigabytes_are_not_loaded(name, make, tmp_path):
     (tmp_path / "rules.toml").write_text("'layers/.*' = 0")
     code = f"""
 import re, time, orbax.checkpoint, safetensors
-from depthsmooth.__main__ import main
+from depthsmooth.cli.inspect import main
 start = time.process_time()
 status = main(["inspect", {str(tmp_path / name)!r}, "--rules", {str(tmp_path / "rules.toml")!r}])
 seconds = time.process_time() - start

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import depthsmooth as ds
-from depthsmooth.stencil import Stencil, apply, exists, join, matrix_of
+from depthsmooth.arrays.shifts import apply
+from depthsmooth.operators.stencil import Stencil, exists, join, matrix_of
 from tests.test_tracks import laid_out, random_stencil
 
 pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.optimised]

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from depthsmooth import Depth, Place, numbered
-from depthsmooth.places import leaves_of
+from depthsmooth.depth.paths import leaves_of
 
 PARAMS = {
     "embed": jnp.ones((8, 4)),

@@ -17,8 +17,8 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import depthsmooth as ds
-from depthsmooth.models import parts_of
-from depthsmooth.places import leaves_of
+from depthsmooth.depth.models import parts_of
+from depthsmooth.depth.paths import leaves_of
 
 D = 4
 X = jnp.ones((5, D))

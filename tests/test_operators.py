@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import depthsmooth as ds
-from depthsmooth.stencil import apply
+from depthsmooth.arrays.shifts import apply
 
 SHARES = st.floats(0, 0.999)
 SYMMETRIC = {

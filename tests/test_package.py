@@ -1,5 +1,6 @@
 """The package as a user meets it: imports, docstrings, metadata, README."""
 
+import ast
 import importlib.metadata
 import inspect
 import pathlib
@@ -115,6 +116,44 @@ def test_readme_has_the_two_commands():
 def test_only_public_names_of_jax_and_optax():
     for path in (ROOT / "depthsmooth").rglob("*.py"):
         assert not re.search(r"\b(jax|optax)\._src\b", path.read_text()), path
+
+
+MAY_IMPORT = {
+    "operators": set(),
+    "mesh": set(),
+    "depth": {"mesh"},
+    "arrays": {"operators", "depth", "mesh"},
+    "transform": {"operators", "depth", "arrays", "mesh"},
+    "metrics": {"operators", "depth", "arrays", "mesh", "transform"},
+    "optimizers": {"operators", "depth", "arrays", "mesh", "transform"},
+    "plot": {"depth", "operators"},
+    "cli": {"depth"},
+}
+"""What each wing may import besides itself. The demo is a program: it may import anything."""
+
+
+@pytest.mark.parametrize("wing", MAY_IMPORT)
+def test_wings_import_in_one_direction(wing):
+    package = ROOT / "depthsmooth"
+    files = [*package.glob(f"{wing}.py"), *(package / wing).rglob("*.py")]
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            assert not isinstance(node, ast.ImportFrom) or node.level == 0, file
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if names[:1] == ["depthsmooth"]:
+                names = [f"depthsmooth.{alias.name}" for alias in node.names]
+            ours = [name.split(".") for name in names if name.split(".")[0] == "depthsmooth"]
+            imported = {(*name, "")[1] for name in ours}
+            assert imported <= {wing, *MAY_IMPORT[wing]}, file
+
+
+def test_the_page_on_the_layout_shows_what_wings_import():
+    page, *_ = (ROOT / "docs" / "layout.md").read_text().split("\n## ")
+    rows = dict(re.findall(r"^\| `(\w+)(?:/|\.py)` \| (.*) \|$", page, re.MULTILINE))
+    shown = {name: set(re.findall(r"`(\w+)(?:/|\.py)`", text)) for name, text in rows.items()}
+    assert shown == MAY_IMPORT
 
 
 def test_tests_run_on_eight_devices():

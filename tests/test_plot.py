@@ -17,6 +17,7 @@ from matplotlib.text import Text
 
 import depthsmooth as ds
 from depthsmooth import plot
+from depthsmooth.plot import pictures
 from tests.test_finding import tree_of
 
 STEPS = [0, 10, 20, 40, 400]
@@ -129,7 +130,7 @@ def test_depth_gives_each_group_its_colour_and_title():
     assert titles == ["bold", "normal", "bold", "normal"]
     assert [bars[1], bars[3]] == [
         {(0, last): round(float(np.mean(to_rgb(colour))), 3)}
-        for last, colour in zip((1, 5), plot.COLOURS, strict=False)
+        for last, colour in zip((1, 5), pictures.COLOURS, strict=False)
     ]
 
 
@@ -140,7 +141,7 @@ def test_depth_shows_some_of_what_is_left_alone(alone, shown):
     labels, notes = labels_of(ax)
     assert labels[2:] == [*shown] + (["and 4 more"] if alone == 7 else [])
     assert notes[2:] == ["left alone, 3"] * len(shown) + (["left alone, 12"] if alone == 7 else [])
-    assert {text.get_color() for text in ax.get_yticklabels()[2:]} <= {plot.GREY}
+    assert {text.get_color() for text in ax.get_yticklabels()[2:]} <= {pictures.GREY}
 
 
 def test_depth_joins_rows_only_where_there_are_too_many():

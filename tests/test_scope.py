@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import depthsmooth as ds
-from depthsmooth.places import leaves_of
+from depthsmooth.depth.paths import leaves_of
 from tests.test_finding import TREES
 
 KEY = jax.random.key(0)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from depthsmooth import window
-from depthsmooth.stencil import Stencil, apply
+from depthsmooth.arrays.shifts import apply
+from depthsmooth.operators.stencil import Stencil
 from tests import reference
 
 pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.optimised]

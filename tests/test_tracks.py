@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import depthsmooth as ds
-from depthsmooth.stencil import Stencil, apply, exists, join
+from depthsmooth.arrays.shifts import apply
+from depthsmooth.operators.stencil import Stencil, exists, join
 
 pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.optimised]
 

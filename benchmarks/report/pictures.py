@@ -19,7 +19,7 @@ from benchmarks.quality.studies import RATES
 from benchmarks.report.claims import by_depth
 from benchmarks.report.evidence import Evidence
 from depthsmooth.demo.results import replacing
-from depthsmooth.plot import COLOURS, interval
+from depthsmooth.plot.pictures import COLOURS, interval
 
 NAMES = {
     "base": "AdamW",

@@ -22,7 +22,6 @@ except ModuleNotFoundError as missing:
 from depthsmooth.demo import report, text
 from depthsmooth.demo.results import Results
 from depthsmooth.demo.training import Arm, Config, Experiment, Run
-from depthsmooth.printer import show
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C."""
@@ -119,7 +118,7 @@ def _compare(
     """Makes the runs that are missing, then reports."""
     train, validation = len(experiment.text.train), len(experiment.text.validation)
     print(f"Learning from {train:,} bytes, validating on {validation:,}. Smoothed over depth:\n")
-    show(experiment.depth)
+    print(experiment.depth)
     print(flush=True)
     wanted = [
         (arm, seed)

@@ -14,10 +14,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from depthsmooth import window
+from depthsmooth.arrays.shifts import apply
 from depthsmooth.demo.results import replacing
 from depthsmooth.demo.training import Arm, Run
-from depthsmooth.plot import COLOURS, interval
-from depthsmooth.stencil import apply
+from depthsmooth.plot.pictures import COLOURS, interval
 
 Runs = Mapping[tuple[Arm, int], Run]
 ADAMW = Arm()

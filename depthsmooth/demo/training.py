@@ -13,7 +13,7 @@ import optax
 from depthsmooth import depth_metrics, smooth_over_depth, trace_depth
 from depthsmooth.demo.model import Transformer
 from depthsmooth.demo.text import Text
-from depthsmooth.places import path_string
+from depthsmooth.depth.paths import path_string
 
 EVALUATIONS = 20
 """How often a run looks at the validation loss and at its updates."""

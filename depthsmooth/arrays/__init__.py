@@ -1,0 +1,1 @@
+"""How arrays hold layers, and the kernels that mix them."""

@@ -1,0 +1,24 @@
+"""Where depth is: which leaves of a tree hold which layers, and along which axes."""
+
+from depthsmooth.depth.layout import Depth, DepthNotFoundError
+from depthsmooth.depth.leaves import Leaf, Place, Track
+from depthsmooth.depth.names.find import AmbiguousDepthError, find_depth
+from depthsmooth.depth.names.scope import projections
+from depthsmooth.depth.rules import Rule, interleaved, numbered, sequence
+from depthsmooth.depth.tracing.trace import trace_depth
+
+__all__ = [
+    "AmbiguousDepthError",
+    "Depth",
+    "DepthNotFoundError",
+    "Leaf",
+    "Place",
+    "Rule",
+    "Track",
+    "find_depth",
+    "interleaved",
+    "numbered",
+    "projections",
+    "sequence",
+    "trace_depth",
+]

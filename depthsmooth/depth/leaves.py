@@ -1,0 +1,187 @@
+"""Where one tensor is over depth: the leaves that hold it, and the place of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+
+from depthsmooth.mesh import shards_along
+
+Axes = tuple[int, ...]
+"""The axes of a leaf that run over its layers, outer to inner; none for a leaf of one layer."""
+
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Which layers a leaf holds, and where in the leaf they are.
+
+    Attributes:
+      group: name of the depth group: one sequence of L layers.
+      tensor: which of a layer's tensors the leaf holds. Leaves of the same group
+        and tensor are mixed with each other.
+      axes: the leaf's axes that run over its layers, outer to inner, counted from
+        0. Empty for a leaf that holds one layer, as of ``block_0``, ``block_1``, …
+      layers: the layers that the leaf holds, counted from 0, in row-major order of
+        ``axes``.
+      found_by: what says so: ``"trace"``, ``"rule"``, ``"names"`` or ``"metadata"``.
+      shards: into how many parts devices split the layers, as far as is known. It
+        changes no result, but how much devices have to tell each other.
+    """
+
+    group: str
+    tensor: str
+    axes: Axes
+    layers: tuple[int, ...]
+    found_by: str
+    shards: int = 1
+
+    def on_devices_of(self, leaf: object) -> Place:
+        """The place with the shards of a leaf, if these are known.
+
+        Args:
+          leaf: an array or anything with a sharding.
+
+        Returns:
+          The place with ``shards`` set; where they are not known, as it is.
+        """
+        known = [shards_along(leaf, axis) for axis in self.axes]
+        shards = [count for count in known if count is not None]
+        if not shards or len(shards) < len(known):
+            return self
+        # Layers that are split along an inner axis are no runs of layers.
+        return dataclasses.replace(self, shards=shards[0] if set(shards[1:]) <= {1} else 1)
+
+    @property
+    def layer(self) -> int:
+        """The first, or only, layer that the leaf holds."""
+        return self.layers[0]
+
+    def layer_shape(self, shape: Shape) -> Shape:
+        """The shape of the tensor in one layer.
+
+        Args:
+          shape: of the leaf.
+
+        Returns:
+          It without the depth axes.
+        """
+        return tuple(size for axis, size in enumerate(shape) if axis not in self.axes)
+
+
+def layer_shape(leaf: object, place: Place | None) -> Shape:
+    """The shape of a leaf in one layer: its own where it has no place in depth."""
+    return shape_of(leaf) if place is None else place.layer_shape(shape_of(leaf))
+
+
+def stacked(shape: Shape, axes: Sequence[int]) -> int:
+    """The number of layers in a leaf with these depth axes."""
+    return math.prod(shape[axis] for axis in axes)
+
+
+def shape_of(leaf: object) -> Shape:
+    """The shape of a leaf; () for a number."""
+    return tuple(getattr(leaf, "shape", ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One leaf of the tree that a :class:`Depth` was made for.
+
+    Attributes:
+      path: its keys joined by ``/``.
+      shape: its shape.
+      place: where its layers are; None where it is left alone.
+      reason: why it is left alone.
+    """
+
+    path: str
+    shape: Shape
+    place: Place | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.shape}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Track:
+    """One tensor through all the layers of a group: the leaves that are mixed together.
+
+    Attributes:
+      leaves: those that hold its layers: one stack, or a leaf for each layer, or several
+        stacks that the layers are dealt to in turn. All have a place.
+    """
+
+    leaves: tuple[Leaf, ...]
+
+    @functools.cached_property
+    def paths(self) -> tuple[str, ...]:
+        """The path of each leaf."""
+        return tuple(leaf.path for leaf in self.leaves)
+
+    @functools.cached_property
+    def places(self) -> tuple[Place, ...]:
+        """The place of each leaf."""
+        return tuple(leaf.place for leaf in self.leaves if leaf.place is not None)
+
+    @property
+    def group(self) -> str:
+        """The depth group of the layers."""
+        return self.places[0].group
+
+    @property
+    def tensor_name(self) -> str:
+        """Which of a layer's tensors it is."""
+        return self.places[0].tensor
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether it is one stack, or stacks alike to which layers are dealt in turn."""
+        if len(self.places) == 1:
+            [place] = self.places
+            return {b - a for a, b in itertools.pairwise(place.layers)} in ({1}, {-1})
+        steps = {b - a for place in self.places for a, b in itertools.pairwise(place.layers)}
+        starts = sorted(place.layers[0] for place in self.places)
+        return (
+            len({(place.axes, len(place.layers)) for place in self.places}) == 1
+            and starts == list(range(starts[0], starts[-1] + 1))
+            and steps == {len(starts)}
+        )
+
+    @functools.cached_property
+    def present(self) -> list[int]:
+        """The layers that are there."""
+        return sorted(layer for place in self.places for layer in place.layers)
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """The lengths of its runs of layers without a gap: a gap keeps two runs apart."""
+        return self.runs_between(())
+
+    def runs_between(self, cuts: Sequence[int]) -> tuple[int, ...]:
+        """The same if a run also ends before each of these layers.
+
+        Args:
+          cuts: layers, counted among all of the group.
+
+        Returns:
+          The number of layers of each run, in order.
+        """
+        ends = [
+            k
+            for k, (a, b) in enumerate(itertools.pairwise(self.present), 1)
+            if b > a + 1 or b in cuts
+        ]
+        return tuple(b - a for a, b in itertools.pairwise([0, *ends, len(self.present)]))
+
+    @functools.cached_property
+    def layers(self) -> tuple[tuple[int, ...], ...]:
+        """For each leaf the layers it holds, counted among those that are present."""
+        rank = {layer: k for k, layer in enumerate(self.present)}
+        return tuple(tuple(rank[layer] for layer in place.layers) for place in self.places)

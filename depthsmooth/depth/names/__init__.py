@@ -1,0 +1,1 @@
+"""Where depth is, by the names and shapes of the tree alone."""

@@ -1,0 +1,292 @@
+"""What can be read in more than one way: the leaves, and the rules that could be theirs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from depthsmooth.depth.leaves import Axes, Shape
+from depthsmooth.depth.names.families import Family, blocks_within, holds_layers
+from depthsmooth.depth.names.nodes import Known, Node, common_axes, spare_axes
+from depthsmooth.depth.names.words import hold_copies, nesting_of, words_of
+from depthsmooth.depth.paths import shown
+from depthsmooth.depth.rules import Rule, match, numbered, sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubt:
+    """Leaves that can be read in more than one way.
+
+    Attributes:
+      leaves: the leaves; the first is named in messages.
+      stems: patterns that match them, and may match others, the simplest first.
+      why: what speaks against a single reading.
+      rules: the rules that they could be read by, if they are layers.
+      grave: whether they look like layers so much that leaving them alone is a guess.
+      is_likely: whether that they are layers is said first.
+    """
+
+    leaves: tuple[Known, ...]
+    stems: tuple[str, ...]
+    why: str
+    rules: tuple[Rule, ...]
+    grave: bool = True
+    is_likely: bool = True
+
+    @property
+    def paths(self) -> set[str]:
+        """The paths of the leaves."""
+        return {leaf.path for leaf in self.leaves}
+
+    def pattern(self, shapes: Mapping[str, Shape]) -> str:
+        """The pattern of a rule for the leaves, and for no others of a tree."""
+        whole = "|".join(re.escape(leaf.path) for leaf in self.leaves)
+        best, more = whole, len(self.leaves)
+        for stem in self.stems:
+            matched = {path for path in shapes if re.fullmatch(stem, path)}
+            others = sorted(matched - self.paths)
+            if self.paths <= matched and len(others) < more:
+                excluded = f"(?!(?:{'|'.join(map(re.escape, others))})$)" if others else ""
+                best, more = f"{excluded}{stem}", len(others)
+        return best
+
+    def readings(self, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
+        """The rules that fit the leaves, as users write them."""
+        pattern = self.pattern(shapes)
+        fitting = [rule for rule in self.rules if _fits(rule, pattern, shapes)]
+        return tuple(dict.fromkeys(map(_said, fitting)))
+
+    def sentence(self, pattern: str, readings: Sequence[str]) -> str:
+        """What is not certain of the leaves, and what to say of them."""
+        *layers, none = [f"{{{pattern!r}: {rule}}}" for rule in (*readings[:2], "()")]
+        others = f" (or {', '.join(readings[2:])})" if readings[2:] else ""
+        rules = f"{none} if not"
+        if layers and self.is_likely:
+            rules = f"{' or '.join(layers)} if it is layers{others}, and {rules}"
+        elif layers:
+            rules = f"{rules} layers, and {' or '.join(layers)} if it is{others}"
+        return (
+            f"{shown(self.leaves[0].path, self.leaves[0].shape)}: {self.why}; the rule is {rules}."
+        )
+
+
+def _fits(rule: Rule, pattern: str, shapes: Mapping[str, Shape]) -> bool:
+    """Whether a rule can be said of the leaves that a pattern matches."""
+    try:
+        return bool(match({pattern: rule}, shapes, []))
+    except ValueError:
+        return False
+
+
+def _said(rule: Rule) -> str:
+    """A rule as users write it."""
+    axes = str(rule.axes if len(rule.axes) != 1 else rule.axes[0])
+    if rule.containers:
+        parts = [
+            repr(name) if inner == Rule() else f"({name!r}, {_said(inner)})"
+            for name, inner in rule.containers
+        ]
+        return f"sequence({', '.join(parts)})"
+    if rule.numbered:
+        return f"interleaved({axes})" if rule.axes else "numbered()"
+    return axes
+
+
+def doubts_among(family: Family, kinds: Sequence[Family], parts: bool) -> list[Doubt]:
+    """What speaks against siblings of these kinds being layers, and what can be said of them."""
+    are_blocks = any(kind.first.is_block for kind in kinds)
+    why = next((kind.stacked for kind in kinds if kind.stacked), "")
+    if why:
+        return [
+            doubt_stacks(kind, why, are_blocks)
+            if kind.stacked
+            else doubt_siblings(kind, why, are_blocks, family.has_holes)
+            for kind in kinds
+        ]
+    why = family.misfit
+    nested = [sorted(blocks_within(kind), key=_in_numeric_order) for kind in kinds]
+    if not why and any(nested):
+        group = next(inner[0].group for inner in nested if inner)
+        why = f"its siblings hold what may be layers, {group}, themselves"
+        return [
+            doubt_nested(kind, inner, why) if inner else doubt_siblings(kind, why, are_blocks)
+            for kind, inner in zip(kinds, nested, strict=True)
+        ]
+    uneven = "" if why else unevenness_of(family, kinds)
+    why = why or uneven or _doubt_of(family)
+    if not (why or are_blocks or parts):
+        why = "its siblings may be layers, or steps within one"
+    # The feature encoder of wav2vec 2.0, conv_layers, is beside the layers of its encoder.
+    grave = are_blocks and not (uneven and "conv" in words_of(family.name))
+    if not why:
+        return []
+    alike = alike_among(kinds) or kinds
+    if uneven and family.first.is_leaf:
+        alike = [family]  # matrices in a list, like those of a perceptron, are no layers
+    doubts = [doubt_siblings(each, why, grave, family.has_holes) for each in alike]
+    if any(doubt.rules != (numbered(),) for doubt in doubts) and _are_numbered(family):
+        doubts = [doubt_siblings(family, why, grave)]
+    return [dataclasses.replace(doubt, is_likely=not uneven) for doubt in doubts]
+
+
+def _are_numbered(family: Family) -> bool:
+    """Whether one rule says of siblings of several kinds that each is a layer."""
+    nodes = family.members.values()
+    shapes = {leaf.path: leaf.shape for leaf in _leaves_of(nodes)}
+    are_layers = not (family.has_holes or any(map(holds_layers, nodes)))
+    return are_layers and _fits(numbered(), family.pattern, shapes)
+
+
+def unevenness_of(family: Family, kinds: Sequence[Family]) -> str:
+    """Which tensor has other shapes in some siblings that makes these another part of a network.
+
+    As where each stage has another width, and the first unit of a stage another input.
+    """
+    uneven = [kind for kind in kinds if not kind.is_even]
+    if not (uneven or family.is_pyramid):
+        return ""
+    tensor = uneven[0].uneven if uneven else family.uneven
+    return f"{tensor} has not the same shape in all of its siblings"
+
+
+def _doubt_of(family: Family) -> str:
+    """Why siblings that are numbered without a hole may not be the layers of one network, if so."""
+    if hold_copies(family.container):
+        return f"{family.container[0]}, which holds them, may be copies side by side"
+    if family.strangers:
+        return f"{family.strangers[0].path} has nothing in common with its siblings"
+    if family.halves:
+        return halves_of(family)
+    return "" if family.is_regular else "its siblings are of several kinds, which take no turns"
+
+
+def halves_of(family: Family) -> str:
+    """What to say of siblings of which names do not tell whether they are of one kind."""
+    one, two = family.halves or (family.first, family.first)
+    return f"{one.path} and {two.path} have half of their matrices in common"
+
+
+def alike_among(kinds: Iterable[Family]) -> list[Family]:
+    """The siblings of each kind that are alike in all shapes, where there are several."""
+    return [alike for kind in kinds for alike in kind.alike if len(alike.members) > 1]
+
+
+def doubt_siblings(family: Family, why: str, grave: bool, has_holes: bool = False) -> Doubt:
+    """A doubt of siblings each of which may be one layer.
+
+    Args:
+      family: the siblings.
+      why: what speaks against it.
+      grave: whether they look like layers.
+      has_holes: whether numbers are missing among theirs and those of their other siblings.
+    """
+    nodes, numbers = [*family.members.values()], [*family.members]
+    steps = {two - one for one, two in itertools.pairwise(numbers)}
+    rules: list[Rule] = []
+    if numbers[0] <= 1 and steps <= {1}:
+        rules.append(numbered())
+    elif not has_holes or len(steps) == 1:
+        # Modules without parameters have numbers, too, like activations in a Sequential. Where
+        # steps are uneven a layer is missing, and those around it are no neighbours.
+        rules.append(_one_after_another(nodes))
+    stems = (family.pattern, family.narrow_pattern)
+    return Doubt(_leaves_of(nodes), stems, why, tuple(rules), grave)
+
+
+def doubt_nested(family: Family, inner: Sequence[Family], why: str) -> Doubt:
+    """A doubt of siblings that hold what may be the layers, one container after another."""
+    containers = [re.sub(r"\\\*$", r"\\d+", re.escape(each.group)) for each in inner]
+    rules = (numbered(), sequence(*containers))
+    stems = (family.pattern, family.narrow_pattern)
+    return Doubt(_leaves_of(family.members.values()), stems, why, rules)
+
+
+def doubt_stacks(family: Family, why: str, grave: bool) -> Doubt:
+    """A doubt of siblings each of which may be a stack: in turn, or one after another."""
+    nodes = [*family.members.values()]
+    leaves = _leaves_of(nodes)
+    single = [] if any(spare_axes(leaves).values()) else [numbered()]
+    rules = (*single, *rules_of_parts(leaves, nodes))
+    stems = (family.pattern, family.narrow_pattern)
+    return Doubt(_norms_first(leaves), stems, why, rules, grave)
+
+
+def doubt_stack(
+    node: Node, nodes: Sequence[Node], why: str, rules: Iterable[Rule], grave: bool = True
+) -> Doubt:
+    """A doubt of what may be one stack.
+
+    Args:
+      node: a container.
+      nodes: those below it, or itself, that are stacked.
+      why: what speaks against it.
+      rules: those that it could be read by.
+      grave: whether it looks like layers.
+    """
+    above = f"{re.escape(node.path)}{_sign_below(node)}" if node.path else ""
+    start = len(node.path) + 1 if node.level else 0
+    keys = [re.escape(part.path[start:]) for part in nodes]
+    stems = f"{above}.*", f"{above}(?:{'|'.join(keys)})(?:/.*)?"
+    return Doubt(_norms_first(_leaves_of(nodes)), stems, why, tuple(rules), grave)
+
+
+def rules_of_stack(leaves: Sequence[Known]) -> list[Rule]:
+    """The rules of one stack: each axis that it may be stacked along, or several in each order."""
+    return [Rule(axes) for axes in orders_of_axes(leaves)]
+
+
+def rules_of_turns(leaves: Sequence[Known]) -> list[Rule]:
+    """The rules of stacks whose layers take turns."""
+    return [Rule(axes, numbered=True) for axes in orders_of_axes(leaves)]
+
+
+def rules_of_parts(leaves: Sequence[Known], parts: Sequence[Node]) -> list[Rule]:
+    """The rules of stacks that take turns, follow one another, or are parts of one block."""
+    return [
+        rule
+        for axes in orders_of_axes(leaves)
+        for rule in (Rule(axes, numbered=True), _one_after_another(parts, axes), Rule(axes))
+    ]
+
+
+def orders_of_axes(leaves: Sequence[Known]) -> list[Axes]:
+    """The axes that leaves may be stacked along, outer to inner: those that are named come first.
+
+    As many of them as norms have more than one; all leaves have one size along each.
+    """
+    count = max(1, min(spare_axes(leaves).values(), default=1))
+    named = [
+        tuple(sorted(leaf.layer_axes, key=lambda axis: nesting_of(leaf.names[axis]) or 0))
+        for leaf in leaves
+        if leaf.layer_axes
+    ]
+    orders = list(itertools.permutations(common_axes(leaves), count))
+    return list(dict.fromkeys([*(axes for axes in named if axes in orders), *orders]))
+
+
+def _one_after_another(nodes: Sequence[Node], axes: Axes = ()) -> Rule:
+    """The rule for containers that follow one another, each with one layer or a stack of them."""
+    paths = [re.escape(node.path) for node in nodes]
+    return sequence(*((path, axes) for path in paths)) if axes else sequence(*paths)
+
+
+def _leaves_of(nodes: Iterable[Node]) -> tuple[Known, ...]:
+    return tuple(leaf for node in nodes for leaf in node.leaves)
+
+
+def _norms_first(leaves: Sequence[Known]) -> tuple[Known, ...]:
+    """The leaves, one that tells the number of stacked axes at first."""
+    return tuple(sorted(leaves, key=lambda leaf: not leaf.is_norm))
+
+
+def _sign_below(node: Node) -> str:
+    """The sign between the path of a node and the rest of its leaves' paths."""
+    signs = {re.escape(leaf.path[len(node.path)]) for leaf in node.leaves if leaf.path != node.path}
+    return signs.pop() if len(signs) == 1 else "."
+
+
+def _in_numeric_order(family: Family) -> list[int | str]:
+    parts = re.split(r"(\d+)", family.group)
+    return [int(part) if part.isdecimal() else part for part in parts]

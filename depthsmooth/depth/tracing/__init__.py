@@ -1,0 +1,1 @@
+"""Where depth is, by what the forward pass does with each parameter."""

@@ -1,0 +1,170 @@
+"""An operator over depth for L layers: static offsets and a weight for each offset and layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_MOST_SHIFTS = 16
+"""Stencils of more offsets are dense: see benchmarks/large_radius.py."""
+
+
+Weights = np.ndarray | jax.Array | Sequence[np.ndarray | jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stencil:
+    r"""An :math:`L \times L` operator over depth, kept by its diagonals.
+
+    .. math::
+        \tilde u_i = \sum_k \mathrm{weights}[k, i] \; u_{i + \mathrm{offsets}[k]}
+
+    The boundary is part of the weights: they are 0 where layer
+    :math:`i + \mathrm{offsets}[k]` does not exist.
+
+    Attributes:
+      offsets: which neighbours are read; static, distinct.
+      weights: for each offset a row of shape ``(L,)``. NumPy arrays where the values
+        are known while tracing, JAX arrays where they are traced.
+      runs: how many layers, one run after another, are mixed among themselves
+        alone; all L unless said.
+    """
+
+    offsets: tuple[int, ...]
+    weights: Weights
+    runs: tuple[int, ...] = ()
+
+    @property
+    def layers(self) -> int:
+        """The number of layers L."""
+        return len(self.weights[0])
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is faster as a matrix."""
+        return len(self.offsets) > _MOST_SHIFTS
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the operator is known, while tracing, to change nothing."""
+        if isinstance(self.weights, jax.Array):
+            return False
+        rows = zip(self.offsets, self.weights, strict=True)
+        return all(isinstance(row, np.ndarray) and (row == (k == 0)).all() for k, row in rows)
+
+    def neighbours(self, offset: int) -> list[int | None]:
+        """For each layer the one at that offset, None where its run has none."""
+        ends = itertools.accumulate(self.runs or (self.layers,))
+        return [
+            layer + offset if start <= layer + offset < end else None
+            for start, end in itertools.pairwise([0, *ends])
+            for layer in range(start, end)
+        ]
+
+
+def exists(offsets: tuple[int, ...], layers: int) -> np.ndarray:
+    """Tells for each offset and layer whether that neighbour exists.
+
+    Args:
+      offsets: neighbours relative to a layer.
+      layers: number of layers L.
+
+    Returns:
+      Boolean array of shape ``(len(offsets), L)``.
+
+    Example:
+      >>> exists((-1, 0, 1), 3).astype(int)
+      array([[0, 1, 1],
+             [1, 1, 1],
+             [1, 1, 0]])
+    """
+    neighbour = np.arange(layers) + np.asarray(offsets)[:, None]
+    mask: np.ndarray = (neighbour >= 0) & (neighbour < layers)
+    return mask
+
+
+def identity(layers: int) -> Stencil:
+    """The operator that changes nothing."""
+    return Stencil((0,), np.ones((1, layers)))
+
+
+def matrix_of(stencil: Stencil) -> np.ndarray | jax.Array:
+    """The operator as a matrix of shape ``(L, L)``.
+
+    Example:
+      >>> matrix_of(Stencil((-1, 1), np.array([[0, 0.5], [1, 0]])))
+      array([[0. , 1. ],
+             [0.5, 0. ]])
+    """
+    weights = stencil.weights
+    known = all(isinstance(row, np.ndarray) for row in weights)
+    neighbours = [stencil.neighbours(offset) for offset in stencil.offsets]
+    there = [(k, i) for k, row in enumerate(neighbours) for i, j in enumerate(row) if j is not None]
+    k, i = np.array(there, int).reshape(-1, 2).T
+    j = i + np.array(stencil.offsets, int)[k]
+    square = (stencil.layers, stencil.layers)
+    if known:
+        matrix = np.zeros(square)
+        matrix[i, j] = np.asarray(weights)[k, i]
+        return matrix
+    rows = weights if isinstance(weights, jax.Array) else jnp.stack(list(weights))
+    return jnp.zeros(square, rows.dtype).at[i, j].set(rows[k, i])
+
+
+def stencil_of(matrix: np.ndarray | jax.Array, radius: int | None = None) -> Stencil:
+    """The operator of a matrix: the main diagonal, and others that are not known to be 0.
+
+    Args:
+      matrix: of shape ``(L, L)``.
+      radius: how far from the middle one there are diagonals, if that is known.
+
+    Example:
+      >>> stencil_of(np.array([[1, 0, 1], [0, 1, 0], [0, 0, 1]])).offsets
+      (0, 2)
+    """
+    layers = len(matrix)
+    farthest = min(layers - 1, layers if radius is None else radius)
+    offsets = tuple(range(-farthest, farthest + 1))
+    there = exists(offsets, layers)
+    column = np.where(there, np.arange(layers) + np.asarray(offsets)[:, None], 0)
+    numeric = np if isinstance(matrix, np.ndarray) else jnp
+    weights = numeric.where(there, matrix[np.arange(layers), column], 0)
+    if isinstance(weights, jax.Array):
+        return Stencil(offsets, weights)
+    kept = [k for k, offset in enumerate(offsets) if offset == 0 or weights[k].any()]
+    return Stencil(tuple(offsets[k] for k in kept), weights[kept])
+
+
+def join(stencils: Sequence[Stencil]) -> Stencil:
+    """The block-diagonal operator: each stencil on layers of its own, one after another.
+
+    Example:
+      >>> halves = Stencil((-1, 1), np.array([[0, 0.5, 1], [1, 0.5, 0]]))
+      >>> join([halves, halves]).neighbours(1)
+      [1, 2, None, 4, 5, None]
+    """
+    if len(stencils) == 1:
+        return stencils[0]
+    offsets = tuple(sorted({offset for stencil in stencils for offset in stencil.offsets}))
+
+    def row(stencil: Stencil, offset: int) -> np.ndarray | jax.Array:
+        if offset in stencil.offsets:
+            return stencil.weights[stencil.offsets.index(offset)]
+        return np.zeros(stencil.layers)
+
+    def joined(rows: Sequence[np.ndarray | jax.Array]) -> np.ndarray | jax.Array:
+        known = all(isinstance(row, np.ndarray) for row in rows)
+        return np.concatenate(rows) if known else jnp.concatenate(rows)
+
+    rows = [joined([row(stencil, offset) for stencil in stencils]) for offset in offsets]
+    runs = tuple(run for stencil in stencils for run in stencil.runs or (stencil.layers,))
+    return Stencil(offsets, rows, runs)
+
+
+Operator = Callable[[int, jax.typing.ArrayLike], Stencil]
+"""``operator(layers, count)`` is the :class:`Stencil` for that many layers at step ``count``."""
