@@ -86,15 +86,24 @@ def resharded(array: jax.Array, like: jax.Array, spec: jax.P) -> jax.Array:
     return other
 
 
-def with_automatic_axes(fn: Callable[[T], Results], arrays: T) -> Results:
+def replicated(array: jax.Array) -> jax.Array:
+    """The array on every device, where an explicit mesh has split it."""
+    spec = jax.typeof(array).sharding.spec
+    return array if all(axis is None for axis in spec) else resharded(array, array, jax.P())
+
+
+def with_automatic_axes(
+    fn: Callable[[T], Results], arrays: T, spec: jax.P | None = None
+) -> Results:
     """Calls a function of a tree that leaves to the compiler how an explicit mesh splits arrays.
 
     Args:
-      fn: of a tree of arrays.
+      fn: a function of a tree of arrays.
       arrays: the tree.
+      spec: how the mesh splits each result; not at all, by default.
 
     Returns:
-      What it returns, the same on every device of such a mesh.
+      What the function returns.
     """
     [first, *_] = jax.tree.leaves(arrays) or [0.0]
     mesh = jax.typeof(first).sharding.mesh
@@ -102,8 +111,8 @@ def with_automatic_axes(fn: Callable[[T], Results], arrays: T) -> Results:
     explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
     if not explicit:
         return fn(arrays)
-    everywhere = jax.NamedSharding(mesh, jax.P())
-    results: Results = jax.sharding.auto_axes(fn, axes=explicit, out_sharding=everywhere)(arrays)
+    sharding = jax.NamedSharding(mesh, jax.P() if spec is None else spec)
+    results: Results = jax.sharding.auto_axes(fn, axes=explicit, out_sharding=sharding)(arrays)
     return results
 
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import depthsmooth as ds
-from depthsmooth.arrays.shifts import apply
 from depthsmooth.operators.stencil import Stencil, exists, join, matrix_of
+from tests.laid_out import mixed as mixed_by
 from tests.test_tracks import laid_out, random_stencil
 
 pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.optimised]
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.optimised]
 def lowered(layers, radius):
     stencil = random_stencil(layers, radius, 0)
     updates = jnp.ones((layers, 3))
-    fn = jax.jit(lambda u: apply(stencil, [u], [(0,)], [range(layers)]))
+    fn = jax.jit(lambda u: mixed_by(stencil, [u], [(0,)], [range(layers)]))
     return fn.lower(updates).as_text()
 
 
@@ -46,7 +46,7 @@ def test_is_the_same_product_in_every_layout(layout, dtype, traced, seed):
     matrix = matrix_of(Stencil(offsets, weights))
 
     def mix(updates, weights):
-        return apply(Stencil(offsets, weights), updates, axes, held)
+        return mixed_by(Stencil(offsets, weights), updates, axes, held)
 
     updates = [jnp.asarray(array, dtype) for array in arrays]
     mixed = jax.jit(mix)(updates, weights) if traced else mix(updates, weights)
@@ -64,12 +64,12 @@ def test_is_the_same_product_in_every_layout(layout, dtype, traced, seed):
 def test_in_highest_precision_and_float64():
     stencil = random_stencil(24, 9, 1)
     updates = np.random.default_rng(0).normal(size=(24, 6))
-    text = jax.jit(lambda u: apply(stencil, [u], [(0,)], [range(24)])).lower(
+    text = jax.jit(lambda u: mixed_by(stencil, [u], [(0,)], [range(24)])).lower(
         jnp.asarray(updates, "float32")
     )
     assert "HIGHEST" in text.as_text()
     with jax.enable_x64(True):
-        [mixed] = apply(stencil, [jnp.asarray(updates)], [(0,)], [range(24)])
+        [mixed] = mixed_by(stencil, [jnp.asarray(updates)], [(0,)], [range(24)])
         assert mixed.dtype == "float64"
         np.testing.assert_allclose(mixed, matrix_of(stencil) @ updates, rtol=1e-13, atol=1e-13)
 
@@ -77,7 +77,7 @@ def test_in_highest_precision_and_float64():
 def test_runs_are_kept_apart():
     one, two = random_stencil(12, 9, 0), random_stencil(9, 8, 1)
     updates = jnp.asarray(np.random.default_rng(0).normal(size=(21, 4)), "float32")
-    [mixed] = apply(join([one, two]), [updates], [(0,)], [range(21)])
+    [mixed] = mixed_by(join([one, two]), [updates], [(0,)], [range(21)])
     for stencil, part in ((one, slice(0, 12)), (two, slice(12, 21))):
         expected = matrix_of(stencil) @ np.asarray(updates)[part]
         np.testing.assert_allclose(mixed[part], expected, rtol=1e-4, atol=1e-5)
@@ -96,7 +96,7 @@ def test_weak_types_are_kept(traced):
     stencil = random_stencil(12, 9, 0)
     parts = [jnp.asarray(float(k)) for k in range(12)]
     assert all(part.weak_type for part in parts)
-    run = jax.jit(apply, static_argnums=(0, 2, 3)) if traced else apply
+    run = jax.jit(mixed_by, static_argnums=(0, 2, 3)) if traced else mixed_by
     mixed = run(stencil, parts, ((),) * 12, tuple((k,) for k in range(12)))
     assert all(part.weak_type for part in mixed)
 

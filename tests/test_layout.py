@@ -70,7 +70,7 @@ def test_groups_may_have_different_layers():
 def test_no_rules_place_nothing():
     depth = Depth.from_rules({})
     assert len(depth.resolve(PARAMS)) == 0
-    assert str(depth) == "group  layers  axis  leaves  parameters  found by"
+    assert str(depth) == "no rules: nothing is mixed"
     assert str(depth.resolve(PARAMS)).splitlines()[1].split() == ["left", "alone", "4", "156"]
 
 
@@ -83,7 +83,7 @@ def test_reads_paths_shapes_and_dtypes_only():
 def test_a_tree_without_leaves_is_no_error():
     rules = Depth.from_rules({"layers/.*": 0})
     for empty in (None, {}, optax.MaskedNode()):
-        assert rules.resolve(empty) == rules
+        assert rules.resolve(empty) == Depth()
 
 
 def test_masked_leaves_may_be_all_that_a_rule_matches():

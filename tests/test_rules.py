@@ -254,12 +254,24 @@ def test_json_round_trip():
     assert again.explain("head") == depth.explain("head")
 
 
-def place_json(axis, layers, pattern="a"):
+def rules_json(pattern):
+    return f'{{"rules":[["{pattern}",{{"axes":[0],"numbered":false,"containers":[]}}]]}}'
+
+
+def place_json(axis, layers):
     place = f'{{"group":"g","tensor":"t","axes":[{axis}],"layers":{layers},"found_by":"rule"'
     place += ',"shards":1}'
-    rule = f'["{pattern}",{{"axes":[0],"numbered":false,"containers":[]}}]'
     leaf = f'{{"path":"a","shape":[3],"place":{place},"reason":""}}'
-    return f'{{"leaves":[{leaf}],"rules":[{rule}]}}'
+    return f'{{"leaves":[{leaf}]}}'
+
+
+def test_reads_json_of_earlier_versions():
+    """They wrote leaves and rules, one of them empty."""
+    old = place_json(0, [0, 1, 2]).replace('"reason":""}]}', '"reason":""}],"rules":[]}')
+    assert old != place_json(0, [0, 1, 2])
+    assert Depth.from_json(old) == Depth.from_json(place_json(0, [0, 1, 2]))
+    old = rules_json("a").replace("{", '{"leaves":[],', 1)
+    assert Depth.from_json(old) == Depth.from_rules({"a": 0})
 
 
 @pytest.mark.parametrize(
@@ -270,11 +282,12 @@ def place_json(axis, layers, pattern="a"):
         place_json(0, [0, 1]),
         place_json(0, [5, 5, 5]),
         place_json(0, [-1, 0, 1]),
-        place_json(0, [0, 1, 2], pattern="("),
+        rules_json("("),
     ],
 )
 def test_refuses_json_that_is_no_depth(text):
     assert Depth.from_json(place_json(0, [0, 1, 2]))
+    assert Depth.from_json(rules_json("a")) == Depth.from_rules({"a": 0})
     with pytest.raises(ValueError, match=r"not a Depth in JSON"):
         Depth.from_json(text)
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from depthsmooth import window
-from depthsmooth.arrays.shifts import apply
 from depthsmooth.operators.stencil import Stencil
 from tests import reference
+from tests.laid_out import mixed as mixed_by
 
 pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.optimised]
 
@@ -25,7 +25,7 @@ DTYPES = {
 
 def apply_along(stencil, updates, axis):
     """Applies a stencil to one stack of layers."""
-    [mixed] = apply(stencil, [updates], [(axis,)], [range(updates.shape[axis])])
+    [mixed] = mixed_by(stencil, [updates], [(axis,)], [range(updates.shape[axis])])
     return mixed
 
 

@@ -290,6 +290,24 @@ def test_where_selects_leaves(norm_over):
     chex.assert_trees_all_equal(result["layers"]["kernel"], expected["layers"]["kernel"])
 
 
+@pytest.mark.parametrize("resolved", [False, True])
+def test_depth_is_resolved_once_in_an_update(monkeypatch, resolved):
+    """Also with where=, and with cuts."""
+    tree = layers()
+    depth = DEPTH.resolve(tree) if resolved else DEPTH
+    keywords = {"where": lambda path, leaf: "kernel" in path, "cuts": (2,)}
+    tx = ds.smooth_over_depth(0.3, depth=depth, **keywords)
+    state = tx.init(tree)
+    calls = []
+    for layout in (ds.Depth, type(DEPTH)):
+        resolve = layout.resolve
+        monkeypatch.setattr(
+            layout, "resolve", lambda *args, of=resolve: calls.append(args) or of(*args)
+        )
+    tx.update(tree, state)
+    assert len(calls) == 1
+
+
 def test_where_may_leave_out_a_layer():
     """Which keeps those before it and those after it apart."""
     tree = {f"block_{k}": jnp.full(2, float(k)) for k in range(4)}

@@ -1,49 +1,96 @@
-"""From a track and arrays to what kernels take, or a refusal."""
+"""From a track and the arrays of a tree to layers, or a refusal.
+
+Outside of ``jax.shard_map`` and of explicit meshes there is nothing to check.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from depthsmooth.arrays.norms import Tensor
+from depthsmooth.arrays.layers import Layers
 from depthsmooth.depth.leaves import Leaf, Track
 from depthsmooth.depth.paths import some
 from depthsmooth.mesh import AxisName, manual_axes, names_of, size_of, varying_axes
 
 
-def tensor_of(
-    track: Track, arrays: Mapping[str, jax.Array], axis_name: AxisName | None = None
-) -> Tensor:
-    """The arrays that hold it, and how.
+def layers_of(
+    track: Track,
+    arrays: Mapping[str, jax.Array],
+    axis_name: AxisName | None = None,
+    *,
+    with_sums: bool = True,
+) -> list[Layers]:
+    """The layers of a tensor.
 
     Args:
-      track: the leaves.
-      arrays: by path.
-      axis_name: in ``jax.shard_map``, the mesh axis that layers are split over.
+      track: the leaves that hold them.
+      arrays: the leaves of a tree, by path.
+      axis_name: within ``jax.shard_map``, the mesh axis that layers are split over.
+      with_sums: whether sums over each layer are needed.
+
+    Returns:
+      The layers that each leaf holds.
 
     Raises:
-      ValueError: in ``jax.shard_map``, if layers are split over another axis.
+      ValueError: if devices split the leaves in a way that their layers cannot be mixed, or
+        summed over, as they are.
     """
     ours = [jnp.asarray(arrays[path]) for path in track.paths]
-    inside = bool(manual_axes())
-    are_parts = inside and any(map(_is_part, track.leaves, ours))
-    if are_parts:
-        _check_shards(track, axis_name, ours)
-    if inside:
-        _check_alike(track, ours)
     _check_explicit(track, ours)
-    return Tensor(
-        ours,
-        [place.axes for place in track.places],
-        [place.layers for place in track.places],
-        [place.shards for place in track.places],
-        axis_name if are_parts else None,
-        list(map(_parts, track.leaves, ours)) if inside else (),
-        list(map(str, track.leaves)),
-    )
+    pieces = [
+        Layers(array, place.axes, place.layers, place.shards)
+        for array, place in zip(ours, track.places, strict=True)
+    ]
+    return _in_shard_map(track, pieces, axis_name, with_sums) if manual_axes() else pieces
+
+
+def _in_shard_map(
+    track: Track, pieces: Sequence[Layers], axis_name: AxisName | None, with_sums: bool
+) -> list[Layers]:
+    """The layers, where arrays are what one device has."""
+    arrays = [piece.array for piece in pieces]
+    are_parts = any(map(_is_part, track.leaves, arrays))
+    if are_parts:
+        _check_shards(track, axis_name, arrays)
+    _check_alike(track, arrays)
+    named = [
+        dataclasses.replace(piece, axis_name=axis_name if are_parts else None) for piece in pieces
+    ]
+    if not with_sums:
+        return named
+    features = map(_features, track.leaves, named)
+    return [
+        dataclasses.replace(piece, features=axes)
+        for piece, axes in zip(named, features, strict=True)
+    ]
+
+
+def _features(leaf: Leaf, piece: Layers) -> tuple[str, ...]:
+    """The mesh axes along which shard_map has split each layer; raises if these are not known."""
+    parts = _parts(leaf, piece.array)
+    if parts == 1:
+        return ()
+    varying = varying_axes(piece.array)
+    of_depth = names_of(piece.axis_name) if piece.is_shard else ()
+    axes = tuple(sorted((varying or frozenset()) - set(of_depth)))
+    if varying is None or size_of(axes) != parts:
+        why = (
+            "check_vma=False hides which of the mesh axes their norms are to be summed over"
+            if varying is None
+            else f"they differ along {axes}, over {size_of(axes)} devices"
+        )
+        raise ValueError(
+            f"The layers of {leaf} are split into {parts} parts by shard_map, but {why}. Leave "
+            "check_vma=True, its default, and sum gradients before, or use variant='standard', "
+            "which has no norms."
+        )
+    return axes
 
 
 def _check_alike(track: Track, arrays: Sequence[jax.Array]) -> None:
@@ -66,7 +113,7 @@ def _check_shards(track: Track, axis_name: AxisName | None, arrays: Sequence[jax
         f"{first}, of which shard_map gives each device a part of the "
         f"{len(track.places[0].layers)} layers, is"
     )
-    if not track.takes_turns or len(shards) > 1:
+    if not _takes_turns(track) or len(shards) > 1:
         raise ValueError(
             f"{split} mixed with {track.paths[-1]} in a way that exchanges more than "
             "neighbouring layers: only those of one stack, or dealt to stacks in turn that are "
@@ -98,7 +145,7 @@ def _check_explicit(track: Track, arrays: Sequence[jax.Array]) -> None:
     is_split = any(name is not None for names in of_depth for name in names)
     inner = [name for names in of_depth for name in names[1:] if name is not None]
     alike = len(of_layer) == 1 and (
-        not is_split or (len(of_depth) == 1 and not inner and track.takes_turns)
+        not is_split or (len(of_depth) == 1 and not inner and _takes_turns(track))
     )
     if not alike:
         layouts = [
@@ -126,3 +173,17 @@ def _parts(leaf: Leaf, array: jax.Array) -> int:
         for shape in (leaf.shape, array.shape)
     )
     return whole // max(ours, 1)
+
+
+def _takes_turns(track: Track) -> bool:
+    """Whether it is one stack, or stacks alike to which layers are dealt in turn."""
+    if len(track.places) == 1:
+        [place] = track.places
+        return {b - a for a, b in itertools.pairwise(place.layers)} in ({1}, {-1})
+    steps = {b - a for place in track.places for a, b in itertools.pairwise(place.layers)}
+    starts = sorted(place.layers[0] for place in track.places)
+    return (
+        len({(place.axes, len(place.layers)) for place in track.places}) == 1
+        and starts == list(range(starts[0], starts[-1] + 1))
+        and steps == {len(starts)}
+    )

@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
-import jax.numpy as jnp
 import matplotlib.axes
 import matplotlib.ticker
 import numpy as np
@@ -13,8 +12,7 @@ import rich.table
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from depthsmooth import window
-from depthsmooth.arrays.shifts import apply
+from depthsmooth import operator_matrix, window
 from depthsmooth.demo.results import replacing
 from depthsmooth.demo.training import Arm, Run
 from depthsmooth.plot.pictures import COLOURS, interval
@@ -240,9 +238,7 @@ class Report:
 
 def _cosine_of_unrelated(alpha: float, layers: int) -> np.ndarray:
     """What smoothing alone makes of the neighbours of uncorrelated updates of one norm."""
-    stencil = window(alpha)(layers, 0)
-    [mixed] = apply(stencil, [jnp.eye(layers)], [(0,)], [range(layers)])
-    smoothed = np.asarray(mixed, np.float64)
+    smoothed = np.asarray(operator_matrix(window(alpha), layers))
     gram = smoothed @ smoothed.T
     norms = np.sqrt(gram.diagonal())
     cosines: np.ndarray = gram.diagonal(1) / (norms[:-1] * norms[1:])

@@ -140,20 +140,6 @@ class Track:
         """Which of a layer's tensors it is."""
         return self.places[0].tensor
 
-    @property
-    def takes_turns(self) -> bool:
-        """Whether it is one stack, or stacks alike to which layers are dealt in turn."""
-        if len(self.places) == 1:
-            [place] = self.places
-            return {b - a for a, b in itertools.pairwise(place.layers)} in ({1}, {-1})
-        steps = {b - a for place in self.places for a, b in itertools.pairwise(place.layers)}
-        starts = sorted(place.layers[0] for place in self.places)
-        return (
-            len({(place.axes, len(place.layers)) for place in self.places}) == 1
-            and starts == list(range(starts[0], starts[-1] + 1))
-            and steps == {len(starts)}
-        )
-
     @functools.cached_property
     def present(self) -> list[int]:
         """The layers that are there."""
@@ -162,26 +148,25 @@ class Track:
     @property
     def runs(self) -> tuple[int, ...]:
         """The lengths of its runs of layers without a gap: a gap keeps two runs apart."""
-        return self.runs_between(())
+        starts = itertools.accumulate((0, *self.spans()))
+        return tuple(
+            n for n, start in zip(self.spans(), starts, strict=False) if start in self.held
+        )
 
-    def runs_between(self, cuts: Sequence[int]) -> tuple[int, ...]:
-        """The same if a run also ends before each of these layers.
+    def spans(self, cuts: Sequence[int] = ()) -> tuple[int, ...]:
+        """The lengths of the runs that all layers up to its last one fall into.
 
         Args:
-          cuts: layers, counted among all of the group.
+          cuts: layers before which a run ends.
 
         Returns:
-          The number of layers of each run, in order.
+          The lengths, in order. A layer that is absent is a run by itself.
         """
-        ends = [
-            k
-            for k, (a, b) in enumerate(itertools.pairwise(self.present), 1)
-            if b > a + 1 or b in cuts
-        ]
-        return tuple(b - a for a, b in itertools.pairwise([0, *ends, len(self.present)]))
+        layers = self.present[-1] + 1
+        ends = [k for k in range(1, layers) if k in cuts or not {k - 1, k} <= self.held]
+        return tuple(b - a for a, b in itertools.pairwise([0, *ends, layers]))
 
     @functools.cached_property
-    def layers(self) -> tuple[tuple[int, ...], ...]:
-        """For each leaf the layers it holds, counted among those that are present."""
-        rank = {layer: k for k, layer in enumerate(self.present)}
-        return tuple(tuple(rank[layer] for layer in place.layers) for place in self.places)
+    def held(self) -> frozenset[int]:
+        """The layers that are present, as a set."""
+        return frozenset(self.present)

@@ -68,6 +68,13 @@ def leaves_of(tree: optax.Params) -> tuple[list[tuple[str, jax.Array]], list[str
     return present, [path for path, node in nodes if is_masked(node)]
 
 
+def with_leaves(tree: optax.Params, leaves: Mapping[str, jax.Array]) -> optax.Params:
+    """The tree with other leaves at some of its paths."""
+    structure = jax.tree_util.tree_structure(tree, is_leaf=is_masked)
+    nodes = [leaves.get(path, node) for path, node in nodes_of(tree)]
+    return jax.tree_util.tree_unflatten(structure, nodes)
+
+
 def is_mixable(leaf: object) -> bool:
     """Whether a leaf is of a type whose layers can be mixed: floating point or complex."""
     is_number = isinstance(leaf, float | complex)

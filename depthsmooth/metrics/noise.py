@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from depthsmooth.arrays.binding import tensor_of
-from depthsmooth.arrays.layers import widened
+from depthsmooth.arrays.binding import layers_of
+from depthsmooth.arrays.layers import upcast
 from depthsmooth.arrays.norms import inner, ratio
-from depthsmooth.depth.layout import Depth, Where
+from depthsmooth.depth.layout import Layout, Where
 from depthsmooth.depth.leaves import shape_of
 from depthsmooth.depth.paths import leaves_of, shown
 from depthsmooth.mesh import AxisName, with_automatic_axes
@@ -41,7 +41,7 @@ class GradientNoise(NamedTuple):
 
 def gradient_noise_over_depth(
     gradients: optax.Updates,
-    depth: Depth,
+    depth: Layout,
     *,
     by: By = "group",
     where: Where | None = None,
@@ -94,18 +94,18 @@ def gradient_noise_over_depth(
 @functools.partial(jax.jit, static_argnames=("depth", "by", "where", "axis_name"))
 def _noise_of(
     gradients: optax.Updates,
-    depth: Depth,
+    depth: Layout,
     by: By,
     where: Where | None,
     axis_name: AxisName | None,
 ) -> dict[str, GradientNoise]:
     places = places_of(jax.tree.map(lambda leaf: leaf[0], gradients), depth, where)
-    leaves = {path: widened(leaf) for path, leaf in leaves_of(gradients)[0] if path in places}
+    leaves = {path: upcast(leaf) for path, leaf in leaves_of(gradients)[0] if path in places}
 
     def squares_of(gradient: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         squares = {}
         for name, tracks in tracks_of(places, by).items():
-            block = [tensor_of(track, gradient, axis_name) for track in tracks]
+            block = [layers_of(track, gradient, axis_name) for track in tracks]
             squares[name] = of_all(inner(block, block), places.groups[tracks[0].group])
         return squares
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from depthsmooth.arrays.layers import widened
+from depthsmooth.arrays.layers import upcast
 from depthsmooth.arrays.norms import ratio
 
 
@@ -77,7 +77,7 @@ def _directions(
     states: jax.typing.ArrayLike | Sequence[jax.typing.ArrayLike], layers: int
 ) -> jax.Array:
     """What each layer adds, as a vector of norm 1 or 0."""
-    path = widened(jnp.asarray(states))
+    path = upcast(jnp.asarray(states))
     if path.ndim < 2 or len(path) <= layers:
         raise ValueError(
             f"The states are of shape {path.shape}, but have to be of (L + 1, ..., features), "

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from depthsmooth.arrays.binding import tensor_of
+from depthsmooth.arrays.binding import layers_of
 from depthsmooth.arrays.gram import gram
-from depthsmooth.arrays.norms import Tensor, inner, norms, ratio
-from depthsmooth.arrays.shifts import apply, exchange
-from depthsmooth.depth.layout import Depth, Where
+from depthsmooth.arrays.halos import exchange
+from depthsmooth.arrays.layers import Tensor
+from depthsmooth.arrays.norms import inner, norms, ratio
+from depthsmooth.arrays.shifts import apply
+from depthsmooth.depth.layout import Depth, Layout, Where, selected
 from depthsmooth.depth.leaves import Track
 from depthsmooth.depth.names.find import depth_in
 from depthsmooth.depth.paths import leaves_of
@@ -60,7 +62,7 @@ class DepthMetrics(NamedTuple):
 
 def depth_metrics(
     updates: optax.Updates,
-    depth: Depth,
+    depth: Layout,
     *,
     by: By = "group",
     full: bool = False,
@@ -109,9 +111,9 @@ def depth_metrics(
     return metrics
 
 
-def check_measure(depth: Depth, by: By) -> None:
+def check_measure(depth: Layout, by: By) -> None:
     """Raises unless these say what can be measured."""
-    if not isinstance(depth, Depth):
+    if not isinstance(depth, Layout):
         raise ValueError(
             f"depth is a {type(depth).__name__}, but has to be a Depth, such as "
             "trace_depth(loss_fn, params, batch) gives. Updates come before it."
@@ -120,10 +122,10 @@ def check_measure(depth: Depth, by: By) -> None:
         raise ValueError(f"by is {by!r}, but has to be 'group' or 'tensor'.")
 
 
-def places_of(updates: optax.Updates, depth: Depth, where: Where | None) -> Depth:
+def places_of(updates: optax.Updates, depth: Layout, where: Where | None) -> Depth:
     """The places of the leaves that count."""
     places = depth_in(updates, depth)
-    return places if where is None else places.select(where, updates)
+    return places if where is None else selected(places, where, updates)
 
 
 def tracks_of(places: Depth, by: By) -> dict[str, list[Track]]:
@@ -149,7 +151,7 @@ def _metrics_of(
 ) -> dict[str, DepthMetrics]:
     metrics = {}
     for name, tracks in tracks_of(places, by).items():
-        block = [tensor_of(track, leaves, axis_name) for track in tracks]
+        block = [layers_of(track, leaves, axis_name) for track in tracks]
         nexts, steps = zip(*map(_neighbours, block, tracks), strict=True)
         layers = places.groups[tracks[0].group]
         present = [set(track.present) for track in tracks]
@@ -178,29 +180,13 @@ def of_all(values: jax.Array, layers: int) -> jax.Array:
 
 def _neighbours(tensor: Tensor, track: Track) -> tuple[Tensor, Tensor]:
     """For each layer the next, and how it differs from that; 0 for the last of a run."""
-    there = [exists((1,), run).astype(float) for run in track.runs]
+    there = [exists((1,), run).astype(float) for run in track.spans()]
     nexts, steps = (
         join([Stencil((0, 1), np.concatenate([own * last, last])) for last in there])
         for own in (0, -1)
     )
-    arrays, axes, shards, axis_name = tensor.arrays, tensor.axes, tensor.shards, tensor.axis_name
-    halos = exchange(nexts, arrays, axes, track.layers, shards=shards, axis_name=axis_name)
-
-    def mixed(operator: Stencil) -> Tensor:
-        return tensor.of(
-            apply(
-                operator,
-                arrays,
-                axes,
-                track.layers,
-                shards=shards,
-                axis_name=axis_name,
-                halos=halos,
-                wide=True,
-            )
-        )
-
-    return mixed(nexts), mixed(steps)
+    halos = exchange(nexts, tensor)
+    return apply(nexts, tensor, halos), apply(steps, tensor, halos)
 
 
 def spectrum(products: jax.Array) -> jax.Array:

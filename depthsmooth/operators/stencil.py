@@ -17,6 +17,7 @@ _MOST_SHIFTS = 16
 Weights = np.ndarray | jax.Array | Sequence[np.ndarray | jax.Array]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stencil:
     r"""An :math:`L \times L` operator over depth, kept by its diagonals.
@@ -35,9 +36,9 @@ class Stencil:
         alone; all L unless said.
     """
 
-    offsets: tuple[int, ...]
+    offsets: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     weights: Weights
-    runs: tuple[int, ...] = ()
+    runs: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def layers(self) -> int:
@@ -102,18 +103,16 @@ def matrix_of(stencil: Stencil) -> np.ndarray | jax.Array:
              [0.5, 0. ]])
     """
     weights = stencil.weights
-    known = all(isinstance(row, np.ndarray) for row in weights)
-    neighbours = [stencil.neighbours(offset) for offset in stencil.offsets]
-    there = [(k, i) for k, row in enumerate(neighbours) for i, j in enumerate(row) if j is not None]
-    k, i = np.array(there, int).reshape(-1, 2).T
-    j = i + np.array(stencil.offsets, int)[k]
-    square = (stencil.layers, stencil.layers)
-    if known:
-        matrix = np.zeros(square)
-        matrix[i, j] = np.asarray(weights)[k, i]
-        return matrix
-    rows = weights if isinstance(weights, jax.Array) else jnp.stack(list(weights))
-    return jnp.zeros(square, rows.dtype).at[i, j].set(rows[k, i])
+    tap = np.full((stencil.layers, stencil.layers), -1)
+    for k, offset in enumerate(stencil.offsets):
+        for i, j in enumerate(stencil.neighbours(offset)):
+            if j is not None:
+                tap[i, j] = k
+    rows = np.arange(stencil.layers)[:, None]
+    if all(isinstance(row, np.ndarray) for row in weights):
+        return np.where(tap < 0, 0.0, np.asarray(weights)[tap, rows])
+    traced = weights if isinstance(weights, jax.Array) else jnp.stack(list(weights))
+    return jnp.where(tap < 0, 0, traced[tap, rows])
 
 
 def stencil_of(matrix: np.ndarray | jax.Array, radius: int | None = None) -> Stencil:

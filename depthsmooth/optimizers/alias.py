@@ -10,7 +10,8 @@ from typing import ParamSpec
 import jax
 import optax
 
-from depthsmooth.depth.layout import Cuts, Depth, Where, refuse_depths
+from depthsmooth.depth.cuts import Cuts
+from depthsmooth.depth.layout import Layout, Where, refuse_depths
 from depthsmooth.mesh import AxisName
 from depthsmooth.optimizers.muon import (
     Coefficients,
@@ -50,7 +51,7 @@ def sgd(
     accumulator_dtype: jax.typing.DTypeLike | None = None,
     *,
     alpha: optax.ScalarOrSchedule = 0.1,
-    depth: Depth | None = None,
+    depth: Layout | None = None,
     where: Where | None = None,
     variant: Variant = "standard",
     norm_over: NormOver = "tensor",
@@ -124,7 +125,7 @@ def adamw(
     *,
     nesterov: bool = False,
     alpha: optax.ScalarOrSchedule = 0.1,
-    depth: Depth | None = None,
+    depth: Layout | None = None,
     where: Where | None = None,
     variant: Variant = "standard",
     norm_over: NormOver = "tensor",
@@ -199,7 +200,7 @@ def lion(
     mask: Mask | None = None,
     *,
     alpha: optax.ScalarOrSchedule = 0.1,
-    depth: Depth | None = None,
+    depth: Layout | None = None,
     where: Where | None = None,
     variant: Variant = "standard",
     norm_over: NormOver = "tensor",
@@ -283,7 +284,7 @@ def muon(
     muon_weight_dimension_numbers: DimensionNumbers | None = None,
     consistent_rms: jax.typing.ArrayLike | None = None,
     alpha: optax.ScalarOrSchedule = 0.1,
-    depth: Depth | None = None,
+    depth: Layout | None = None,
     where: Where | None = None,
     variant: Variant = "standard",
     norm_over: NormOver = "tensor",
@@ -400,7 +401,7 @@ def normuon(
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     muon_weight_dimension_numbers: DimensionNumbers | None = None,
     alpha: optax.ScalarOrSchedule = 0.1,
-    depth: Depth | None = None,
+    depth: Layout | None = None,
     where: Where | None = None,
     variant: Variant = "standard",
     norm_over: NormOver = "tensor",

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from depthsmooth.arrays.layers import narrowed, widened
+from depthsmooth.arrays.layers import cast_like, upcast
 from depthsmooth.arrays.norms import ratio
-from depthsmooth.depth.layout import Depth
+from depthsmooth.depth.layout import Depth, Layout
 from depthsmooth.depth.leaves import Place
 from depthsmooth.depth.names.find import depth_in
 from depthsmooth.depth.paths import shown
@@ -39,7 +39,7 @@ class OfMuon(TypedDict, total=False):
     consistent_rms: jax.typing.ArrayLike | None
 
 
-def muon_dimension_numbers(depth: Depth, params: optax.Params) -> optax.Params:
+def muon_dimension_numbers(depth: Layout, params: optax.Params) -> optax.Params:
     """What Muon orthogonalises: the leaves of two axes in one layer, each layer by itself.
 
     Args:
@@ -90,7 +90,7 @@ def muon_over_depth(
     adam_weight_decay: jax.typing.ArrayLike,
     adam_learning_rate: optax.ScalarOrSchedule | None,
     dimension_numbers: DimensionNumbers | None,
-    depth: Depth | None,
+    depth: Layout | None,
     smooth: Callable[..., optax.GradientTransformationExtraArgs],
     rescale: Callable[[optax.Params], optax.GradientTransformation] | None = None,
     **of_muon: Unpack[OfMuon],
@@ -192,7 +192,7 @@ def scale_by_neuron(
     """What NorMuon does to orthogonal steps; the rest stays as it is."""
 
     def mean_over_inputs(leaf: jax.Array, one: optax.contrib.MuonDimensionNumbers) -> jax.Array:
-        return jnp.square(jnp.abs(widened(leaf))).mean(_axes(one.reduction_axis), keepdims=True)
+        return jnp.square(jnp.abs(upcast(leaf))).mean(_axes(one.reduction_axis), keepdims=True)
 
     def init_fn(params: optax.Params) -> optax.Params:
         return jax.tree.map(
@@ -215,9 +215,9 @@ def scale_by_neuron(
         if one is None:
             return step
         axes = _axes(one.reduction_axis) + _axes(one.output_axis)
-        even = widened(step) / (jnp.sqrt(moment) + 1e-8)
+        even = upcast(step) / (jnp.sqrt(moment) + 1e-8)
         rms = jnp.sqrt(jnp.square(jnp.abs(even)).mean(axes, keepdims=True))
-        return narrowed(even * ratio(0.2, rms), step)
+        return cast_like(even * ratio(0.2, rms), step)
 
     def update_fn(
         steps: optax.Updates, state: optax.Params, params: optax.Params | None = None

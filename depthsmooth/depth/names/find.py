@@ -19,7 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 import jax
 import optax
 
-from depthsmooth.depth.layout import Depth, DepthNotFoundError, check_mixable, check_whole
+from depthsmooth.depth.fitting import check_mixable, check_whole
+from depthsmooth.depth.layout import Depth, DepthNotFoundError, Layout, joined
 from depthsmooth.depth.leaves import Axes, Leaf, Place, Shape, shape_of, stacked
 from depthsmooth.depth.names.doubts import (
     Doubt,
@@ -70,7 +71,9 @@ class AmbiguousDepthError(ValueError):
         self.readings = dict(readings)
 
 
-def find_depth(params: optax.Params, *, metadata: bool = True, known: Depth | None = None) -> Depth:
+def find_depth(
+    params: optax.Params, *, metadata: bool = True, known: Layout | None = None
+) -> Depth:
     """Finds where depth is from a parameter tree alone, or refuses to guess.
 
     Prefer :func:`depthsmooth.trace_depth`, which sees what the model does with its
@@ -103,7 +106,7 @@ def find_depth(params: optax.Params, *, metadata: bool = True, known: Depth | No
       left alone                     1           8
       left alone: head (4, 2)
     """
-    if not isinstance(known, Depth | None):
+    if not isinstance(known, Layout | None):
         raise ValueError(
             f"known is a {type(known).__name__}, but has to be a Depth, like "
             "Depth.from_rules({pattern: rule})."
@@ -140,7 +143,7 @@ def find_depth(params: optax.Params, *, metadata: bool = True, known: Depth | No
         for leaf, (_, array, _) in zip(leaves, arrays, strict=True)
     ]
     if search.places:
-        return Depth(tuple(found)) | said
+        return joined(Depth(tuple(found)), said)
     return Depth(tuple(dataclasses.replace(leaf, place=said.get(leaf.path)) for leaf in found))
 
 
@@ -593,7 +596,7 @@ def _axis_names(box: object) -> tuple[object, ...] | None:
     return tuple(names) if isinstance(names, tuple | list) else None
 
 
-def depth_in(tree: optax.Params, depth: Depth | None) -> Depth:
+def depth_in(tree: optax.Params, depth: Layout | None) -> Depth:
     """The Depth of a tree that an optimizer was given, or may have been given without one.
 
     Raises:
