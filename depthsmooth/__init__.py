@@ -4,10 +4,7 @@ from depthsmooth.depth import (
     AmbiguousDepthError,
     Depth,
     DepthNotFoundError,
-    Leaf,
     Place,
-    Rule,
-    Track,
     find_depth,
     interleaved,
     numbered,
@@ -15,19 +12,26 @@ from depthsmooth.depth import (
     sequence,
     trace_depth,
 )
+
+# X as X: names of earlier versions, which are documented in depthsmooth.depth and .metrics.
+from depthsmooth.depth import Leaf as Leaf
+from depthsmooth.depth import Rule as Rule
+from depthsmooth.depth import Track as Track
 from depthsmooth.metrics import (
     DepthMetrics,
-    GradientNoise,
     MonitorDepthState,
     as_scalars,
     depth_metrics,
-    gradient_noise_over_depth,
-    line_shape_score,
     monitor_depth,
     read_metrics,
-    residual_alignment,
 )
+from depthsmooth.metrics import GradientNoise as GradientNoise
+from depthsmooth.metrics import gradient_noise_over_depth as gradient_noise_over_depth
+from depthsmooth.metrics import line_shape_score as line_shape_score
+from depthsmooth.metrics import residual_alignment as residual_alignment
 from depthsmooth.operators import (
+    Operator,
+    Stencil,
     compose,
     diffusion,
     ema,
@@ -55,13 +59,11 @@ __all__ = [
     "Depth",
     "DepthMetrics",
     "DepthNotFoundError",
-    "GradientNoise",
-    "Leaf",
     "MonitorDepthState",
+    "Operator",
     "Place",
-    "Rule",
     "SmoothOverDepthState",
-    "Track",
+    "Stencil",
     "adamw",
     "as_scalars",
     "augment_over_depth",
@@ -73,9 +75,7 @@ __all__ = [
     "find_depth",
     "from_kernel",
     "from_matrix",
-    "gradient_noise_over_depth",
     "interleaved",
-    "line_shape_score",
     "lion",
     "mean",
     "monitor_depth",
@@ -86,7 +86,6 @@ __all__ = [
     "operator_matrix",
     "projections",
     "read_metrics",
-    "residual_alignment",
     "sequence",
     "sgd",
     "sharpen",

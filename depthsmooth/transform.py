@@ -20,9 +20,9 @@ from depthsmooth.depth.leaves import Track
 from depthsmooth.depth.names.find import depth_in
 from depthsmooth.depth.paths import leaves_of, nodes_of, with_leaves
 from depthsmooth.mesh import AxisName, manual_axes
-from depthsmooth.operators.general import check_operator
+from depthsmooth.operators.general import check_operator, stencil_for
 from depthsmooth.operators.smoothing import window
-from depthsmooth.operators.stencil import Operator, Stencil, identity, join
+from depthsmooth.operators.stencil import Operator, Stencil, join
 
 Variant = Literal["standard", "norm_preserving", "directional"]
 
@@ -343,24 +343,11 @@ def _stencils(
         runs = track.spans(cuts.get(track.group, ()))
         if runs not in made:
             try:
-                made[runs] = join([_stencil(operator, count, n) for n in runs])
+                made[runs] = join([stencil_for(operator, n, count) for n in runs])
             except ValueError as error:
                 raise ValueError(f"In {track.group}: {error}") from error
         stencils[track] = made[runs]
     return stencils
-
-
-def _stencil(operator: Operator, count: jax.Array, layers: int) -> Stencil:
-    """The operator for one run of layers: a single layer is left as it is."""
-    if layers == 1:
-        return identity(1)
-    made = operator(layers, count)
-    if not isinstance(made, Stencil) or made.layers != layers:
-        raise ValueError(
-            f"{operator!r} is no operator: for {layers} layers it gives a {type(made).__name__}, "
-            "but has to give a Stencil of as many, as window(0.1) and from_matrix(matrix) do."
-        )
-    return made
 
 
 def _bundles(stencils: Mapping[Track, Stencil], norm_over: NormOver) -> list[dict[Track, Stencil]]:

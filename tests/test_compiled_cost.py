@@ -92,7 +92,8 @@ def test_optimizers_write_their_update_and_read_it_once_more(target, name):
     smoothed = compiled_cost.measure(target, "together", "float32", name, "standard")
     added = {"sgd": 1, "adamw": 2}[name]
     assert smoothed["moved"] - plain["moved"] == pytest.approx(added, abs=ROUNDING)
-    assert smoothed["temp"] <= 1 + ROUNDING  # of the leaves one after another
+    # The updates of all leaves: XLA begins with all of them. A training step needs none of it.
+    assert smoothed["temp"] <= compiled_cost.LEAVES + ROUNDING
     assert smoothed["sent"] == plain["sent"] == {}
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -28,8 +29,8 @@ import safetensors.numpy
 from flax.training.train_state import TrainState
 
 import depthsmooth as ds
-from depthsmooth.cli.inspect import main
-from depthsmooth.cli.rules_file import read_rules
+from depthsmooth.cli.inspect import EXAMPLES, main
+from depthsmooth.cli.rules_file import as_toml, in_toml, read_rules, write_rules
 from depthsmooth.cli.targets import read_target
 from tests.test_finding import TREES, found, tree_of
 
@@ -218,7 +219,7 @@ def test_an_array_whose_name_begins_others_has_them_beside_it(kind, separator, t
     leaf = "blocks/1/att/w.absmax"
     says = f"{leaf} (5,) is layer 1 of 3 of the group 'blocks/*', found by names."
     assert run(path, "--subtree", "model", "--explain", leaf)[1].startswith(says)
-    (tmp_path / "rules.toml").write_text("'.*/(\\d+)/att/w\\.absmax' = \"numbered()\"")
+    (tmp_path / "rules.toml").write_text("'.*/(\\d+)/att/w\\.absmax' = {numbered = true}")
     rules = ("--rules", tmp_path / "rules.toml")
     assert "found by rule." in run(path, *rules, "--explain", f"model/{leaf}")[1]
 
@@ -409,6 +410,7 @@ MODULE = """
         def apply(params, x):
             return jax.lax.scan(lambda x, w: (x @ w, None), x, params["w"])[0]
         return depthsmooth.trace_depth(apply, {"w": jax.numpy.ones((3, 4, 4))}, jax.numpy.ones(4))
+    def rules(): return depthsmooth.Depth.from_rules({"layers/.*": 0})
     def raises(): raise RuntimeError("on\\nseveral lines")
     def exits(): raise SystemExit(3)
     def interrupted(): raise KeyboardInterrupt
@@ -435,6 +437,10 @@ def test_a_depth_is_shown_as_it_is(module, run, wrong):
     assert status == 0
     assert out.splitlines()[1].endswith("trace")
     assert "leave --subtree and --rules out" in wrong("model:depth", "--subtree", "x")
+    rules = ds.Depth.from_rules({"layers/.*": 0})
+    assert run("model:rules") == (0, f"{rules}\n", "")
+    assert ds.Depth.from_json(run("model:rules", "--json")[1]) == rules
+    assert "There is no leaf 'layers/0' in rules" in wrong("model:rules", "--explain", "layers/0")
 
 
 @pytest.mark.parametrize(
@@ -726,9 +732,28 @@ def test_the_lines_of_a_remedy_are_rules_as_they_are(tmp_path, run, monkeypatch)
         if isinstance(error, ds.AmbiguousDepthError):
             rules.write_text(err.split("\n\n")[-1])
             assert list(tomllib.loads(rules.read_text())) == list(error.readings)
+            for line in err.split("\n\n")[-1].splitlines():
+                pattern, said = rules_in(line, tmp_path)
+                assert said == [*map(of_python, error.readings[pattern]), of_python("()")]
             assert run("model", "--rules", rules)[0] == 0, name
             refused.append(name)
     assert len(refused) > 10
+
+
+def rules_in(line, tmp_path):
+    """The pattern of a line of a remedy, with its rule and those beside it."""
+    key, said = re.fullmatch("(.*?) = (.*?)(?: if it holds no layers)?", line).groups()
+    rules = []
+    for rule in re.split("  # or |, or ", said):
+        (tmp_path / "one.toml").write_text(f"{key} = {rule}")
+        [(pattern, read)] = read_rules(tmp_path / "one.toml").rules
+        rules.append(read)
+    return pattern, rules
+
+
+def of_python(written):
+    """The rule that Python writes so."""
+    return ds.Depth.from_rules({"": eval(written, {}, vars(ds))}).rules[0][1]
 
 
 def test_a_remedy_is_added_to_the_rules_that_are_there(module, tmp_path, run):
@@ -759,23 +784,149 @@ def test_absent_depth(module, run):
 
 
 RULES = {
-    "0": 0,
-    "[0, 1]": (0, 1),
-    "[]": (),
-    '"numbered()"': ds.numbered(),
-    '"interleaved(axis=1)"': ds.interleaved(1),
-    '"interleaved((0, 1))"': ds.interleaved((0, 1)),
-    "\"sequence(('in', 0), 'mid', ('out', interleaved(1)))\"": ds.sequence(
-        ("in", 0), "mid", ("out", ds.interleaved(1))
+    "0": "0",
+    "-1": "-1",
+    "[0, 1]": "(0, 1)",
+    "[]": "()",
+    "{numbered = true}": "numbered()",
+    "{interleaved = 1}": "interleaved(axis=1)",
+    "{interleaved = [0, 2]}": "interleaved((0, 2))",
+    "{sequence = ['encoder', 'decoder']}": "sequence('encoder', 'decoder')",
+    "{sequence = [{'in' = 0}, 'mid', {'out' = {interleaved = 1}}]}": (
+        "sequence(('in', 0), 'mid', ('out', interleaved(1)))"
+    ),
+    r"{sequence = [{'a/(\d+)' = {numbered = true}}, {'b' = [0, 1]}]}": (
+        r"sequence(('a/(\\d+)', numbered()), ('b', (0, 1)))"
     ),
 }
 
 
 @pytest.mark.parametrize("written", RULES)
 def test_rules_in_toml_are_those_of_python(written, tmp_path):
+    """And are written as they are read."""
+    rule = of_python(RULES[written])
+    (tmp_path / "rules.toml").write_text(f"'a/(\\d+)/.*' = {written}\n")
+    assert read_rules(tmp_path / "rules.toml") == ds.Depth.from_rules({r"a/(\d+)/.*": rule})
+    assert as_toml(rule) == written
+
+
+def test_a_table_of_toml_may_have_lines_of_its_own(tmp_path):
     path = tmp_path / "rules.toml"
-    path.write_text(f"'a/(\\d+)/.*' = {written}\n")
-    assert read_rules(path) == ds.Depth.from_rules({r"a/(\d+)/.*": RULES[written]})
+    path.write_text("['a/.*']\nsequence = [\n  'first',\n  {'stack' = 0},  # the rest\n]\n")
+    expected = ds.Depth.from_rules({"a/.*": ds.sequence("first", ("stack", 0))})
+    assert read_rules(path) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a/b",
+        "it's",
+        '"',
+        "'\"\\",
+        "a\nb",
+        "del\x7f'",
+        "\0",
+        "é😀",
+        "it's é😀\u2028",
+        "\U000e0001",
+        "# =",
+        "",
+    ],
+)
+def test_a_pattern_is_read_as_it_was_written(name, tmp_path):
+    """Whatever is in it, and as a container's."""
+    pattern, path = re.escape(name), tmp_path / "rules.toml"
+    rule = ds.sequence(pattern, (f"{pattern}.x", ds.interleaved(1)))
+    said = f"sequence({pattern!r}, ({pattern + '.x'!r}, interleaved(1)))"
+    [line] = write_rules({pattern: [said, said]})
+    assert line.isprintable()
+    path.write_text(line, encoding="utf-8")
+    assert read_rules(path) == ds.Depth.from_rules({pattern: rule})
+
+
+@pytest.mark.parametrize(
+    "page", [EXAMPLES, (ROOT / "docs" / "depth.md").read_text()], ids=["help", "docs"]
+)
+def test_the_help_and_the_docs_show_rules_as_a_file_has_them(page, tmp_path):
+    lines = re.findall(r"^ *'.* = .*", page, re.MULTILINE)
+    (tmp_path / "rules.toml").write_text("\n".join(lines))
+    assert read_rules(tmp_path / "rules.toml") == ds.Depth.from_rules(
+        {
+            "layers/.*": 0,
+            "blocks/.*": (0, 1),
+            "codebooks/.*": (),
+            r"block_(\d+)/.*": ds.numbered(),
+            "layers_.*": ds.interleaved(1),
+            ".*_blocks?/.*": ds.sequence(("in_blocks", 0), "mid_block", ("out_blocks", 0)),
+        }
+    )
+
+
+@pytest.mark.parametrize("written", RULES.values())
+def test_a_rule_of_python_is_refused_with_what_to_write(written, tmp_path, wrong):
+    SAVE["x.npz"](tmp_path / "x.npz", MODELS["stacked"])
+    path = tmp_path / "rules.toml"
+    path.write_text(f"'a/(\\d+)/.*' = {json.dumps(written)}")
+    said = wrong(tmp_path / "x.npz", "--rules", path)
+    assert r"The rule 'a/(\d+)/.*' is a string, but has to be an axis like 0" in said
+    path.write_text(said.partition(" Write ")[2])
+    assert read_rules(path) == ds.Depth.from_rules({r"a/(\d+)/.*": of_python(written)})
+
+
+@pytest.mark.parametrize("written", RULES)
+def test_a_message_says_rules_in_toml(written):
+    """As a line of a pattern and its rule, and as a container of a sequence."""
+    line = f"'a/(\\d+)' = {written}"
+    said = f"The rule is {{'a/(\\\\d+)': {RULES[written]}}} for {{pattern: rule}} (3, 4)."
+    assert in_toml(said) == f"The rule is {line} for {{pattern: rule}} (3, 4)."
+    if "sequence" not in written:
+        said = f"The container is ('a/(\\\\d+)', {RULES[written]})."
+        assert in_toml(said) == f"The container is {{{line}}}."
+
+
+PAIR = {f"h_{i}": {"norm": jnp.ones(8), "wi": jnp.ones((8, 16))} for i in range(2)}
+STACKS = {f"h_{i}": {"norm": jnp.ones((4, 8)), "wi": jnp.ones((4, 8, 16))} for i in range(2)}
+WIDER = {f"h_{i}": {"w": jnp.ones((8, size))} for i, size in enumerate((8, 8, 9))}
+LISTS = {name: [block(), block()] for name in ("a", "b")}
+REFUSED = {
+    "vectors": (PAIR, "'.*' = 0", [r"'h[-_]?(\d*)/.*' = {numbered = true}"]),
+    "stacks": (
+        STACKS,
+        "'h_.*' = {numbered = true}",
+        [
+            "'h_.*' = 0",
+            r"'h_(\d+)/.*' = {interleaved = 0}",
+            r"'h_(\d+)/.*' = {numbered = true}",
+        ],
+    ),
+    "one layer": (PAIR, "'h_0/.*' = {numbered = true}", [r"'h_(\d+)/.*' = {numbered = true}"]),
+    "shapes": (
+        WIDER,
+        "'h_.*' = {numbered = true}",
+        ["'(?:h_0/w|h_1/w)(?:/.*)?' = {sequence = ['h_0/w', 'h_1/w']}"],
+    ),
+    "container": (
+        {"a": PAIR, "b": jnp.ones((8, 8))},
+        "'a/.*' = {sequence = [{'a' = 0}]}",
+        [r"{'a/h[-_]?(\d*)' = {numbered = true}}"],
+    ),
+    "lists": (LISTS, "'.*' = {sequence = ['a', {'b/0' = []}, 'b/1']}", [r"'a/\d+'"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_said_of_a_refused_rule_is_toml(case, tmp_path, run, monkeypatch, wrong):
+    tree, rule, remedies = REFUSED[case]
+    monkeypatch.setattr("depthsmooth.cli.inspect.read_target", lambda _: tree)
+    path = tmp_path / "rules.toml"
+    path.write_text(rule)
+    said = wrong("model", "--rules", path)
+    for remedy in remedies:
+        assert f" {remedy}" in said
+        container = re.search(r"(?<=\[)('a'|\{'a' = 0\})", rule)
+        path.write_text(rule.replace(container[0], remedy) if container else remedy)
+        assert run("model", "--rules", path)[0] == 0
 
 
 def test_rules_settle_what_is_not_certain_and_the_rest_is_found(module, tmp_path, run):
@@ -799,15 +950,39 @@ def test_rules_settle_what_is_not_certain_and_the_rest_is_found(module, tmp_path
     ("rules", "says"),
     [
         ("layers/.* = 0", "rules.toml is no TOML: "),
-        ("layers.x = 0", "a pattern with dots has to be in quotes"),
-        ("'layers/.*' = 1.5", "has the axis 1.5"),
-        ("'layers/.*' = true", "has the axis True"),
-        ("'layers/.*' = numbered()", "is in quotes, too: 'block_(\\d+)/.*' = \"numbered()\"."),
+        ("layers.x = 0", "'layers' is {x = 0}, but has to be an axis like 0"),
+        (
+            "layers.x = 0",
+            "If dots are part of the pattern, put it in quotes, like 'layers/.*' = 0.",
+        ),
+        ("'layers/.*' = 1.5", "The rule 'layers/.*' is 1.5, but has to be an axis like 0"),
+        ("'layers/.*' = true", "The rule 'layers/.*' is True, but has to be"),
+        ("'layers/.*' = [0, true]", "The rule 'layers/.*' is [0, True], but has to be"),
+        (
+            "'layers/.*' = numbered()",
+            "like 'layers/.*' = 0 or 'block_(\\d+)/.*' = {numbered = true}.",
+        ),
+        ("'layers/.*' = {numbered = false}", "'layers/.*' is {numbered = False}, but has to be"),
+        ("'layers/.*' = {numbered = 1}", "is {numbered = 1}, but has to be"),
+        ("'layers/.*' = {numbred = true}", "is {numbred = True}, but has to be"),
+        ("'layers/.*' = {interleaved = '1'}", "is {interleaved = '1'}, but has to be"),
+        ("'layers/.*' = {interleaved = true}", "is {interleaved = True}, but has to be"),
+        ("'layers/.*' = {interleaved = 1, numbered = true}", "but has to be"),
+        ("'layers/.*' = {sequence = []}", "is {sequence = []}, but has to be"),
+        ("'layers/.*' = {sequence = 'a'}", "is {sequence = 'a'}, but has to be"),
+        ("'layers/.*' = {sequence = [['a', 0]]}", "'layers/.*' has the container ['a', 0]."),
+        ("'layers/.*' = {sequence = [{a = 0, b = 0}]}", "or a table of one pattern and its rule"),
+        ("'layers/.*' = {sequence = [{a = 1.5}]}", "The rule 'a' is 1.5, but has to be an axis"),
+        (
+            "'layers/.*' = {sequence = [{a = {sequence = ['b']}}]}",
+            "'layers/.*' has the container {",
+        ),
+        ("'layers/.*' = {sequence = ['(']}", "is no regular expression"),
         ("'layers/(' = 0", "is no regular expression"),
-        ("'layers/.*' = 'numbred()'", "'numbred()' is no rule. Write an axis"),
-        ("'layers/.*' = 'interleaved()'", "'interleaved()' is no rule"),
-        ("'layers/.*' = 'numbered('", "'numbered(' is no rule"),
-        ("'layers/.*' = '__import__(\"os\")'", "is no rule"),
+        ("'layers/.*' = 'numbred()'", "is 'numbred()', but has to be"),
+        ("'layers/.*' = 'interleaved()'", "is 'interleaved()', but has to be"),
+        ("'layers/.*' = 'numbered('", "is 'numbered(', but has to be"),
+        ("'layers/.*' = '__import__(\"os\")'", "but has to be"),
         ("'layres/.*' = 0", "The rule 'layres/.*' matches no leaf"),
         ("'layers/.*' = 5", "has no axis 5"),
         ("\xff", "is no TOML"),

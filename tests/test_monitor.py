@@ -99,6 +99,15 @@ def test_before_the_first_update_nothing_is_known():
     assert metrics.similarity.shape == (6, 6)
 
 
+def test_the_state_is_laid_out_as_in_the_checkpoints_there_are():
+    state = ds.monitor_depth(DEPTH, full=True).init(tree())
+    fields = "roughness", "adjacent_cosine", "mean_norm", "cosines", "norms"
+    assert [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state)] == [
+        ".count",
+        *(f".depth_metrics['layers/.*'].{field}" for field in (*fields, "similarity", "spectrum")),
+    ]
+
+
 @pytest.mark.parametrize("depth", [DEPTH, DEPTH.resolve(tree())], ids=["rules", "resolved"])
 def test_where_all_is_masked_there_is_nothing_to_measure(depth):
     tx = optax.masked(ds.monitor_depth(depth), jax.tree.map(lambda _: False, tree()))
@@ -229,6 +238,14 @@ def test_before_and_after():
         metrics["after/layers/.*"], measured(updates)["layers/.*"], rtol=1e-6
     )
     assert metrics["after/layers/.*"].roughness < metrics["before/layers/.*"].roughness
+
+
+def test_what_a_user_keeps_beside_it_is_no_monitor():
+    state = ds.monitor_depth(DEPTH).init(tree())
+    metrics = ds.read_metrics(state)
+    loss = {"count": 3, "depth_metrics": {"loss": 1.0}}
+    for beside in ({"depth_metrics": metrics}, {"depth_metrics": 1.0, "count": 3}, loss):
+        chex.assert_trees_all_equal(ds.read_metrics({"state": state, **beside}), metrics)
 
 
 def test_refuses_to_mix_up_monitors():

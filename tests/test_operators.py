@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import depthsmooth as ds
-from depthsmooth.arrays.shifts import apply
+from tests.laid_out import mixed as mixed_by
 
 SHARES = st.floats(0, 0.999)
 SYMMETRIC = {
@@ -168,7 +168,8 @@ def test_a_traced_operator_mixes_as_its_matrix_says(jit):
 
     def mix(number):
         return [
-            apply(NUMBERS[name](number)(7, 0), [updates], [(0,)], [range(7)])[0] for name in NUMBERS
+            mixed_by(NUMBERS[name](number)(7, 0), [updates], [(0,)], [range(7)])[0]
+            for name in NUMBERS
         ]
 
     for mixed, name in zip((jax.jit(mix) if jit else mix)(0.25), NUMBERS, strict=True):

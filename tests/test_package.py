@@ -70,13 +70,16 @@ NEVER_RAISES = {"as_scalars", "projections"}
 
 
 def public_functions():
-    for name in depthsmooth.__all__:
-        value = getattr(depthsmooth, name)
-        if inspect.isfunction(value):
-            yield name, value
-        for method in vars(depthsmooth.Depth) if name == "Depth" else ():
-            if not method.startswith("_") and callable(getattr(value, method)):
-                yield f"{name}.{method}", getattr(value, method)
+    for home in (depthsmooth, depthsmooth.depth, depthsmooth.metrics):
+        for name in home.__all__:
+            value = getattr(home, name)
+            if inspect.isfunction(value):
+                yield name, value
+    for method in dir(depthsmooth.Depth):
+        value = getattr(depthsmooth.Depth, method)
+        is_ours = str(getattr(value, "__module__", "")).startswith("depthsmooth")
+        if is_ours and inspect.isroutine(value) and not method.startswith("_"):
+            yield f"Depth.{method}", value
 
 
 @pytest.mark.parametrize(("name", "function"), list(public_functions()))
@@ -93,6 +96,61 @@ def test_public_functions_are_documented_and_typed(name, function):
             "cls",
             "self",
         )
+
+
+EARLIER = [
+    "AmbiguousDepthError",
+    "Depth",
+    "DepthMetrics",
+    "DepthNotFoundError",
+    "GradientNoise",
+    "Leaf",
+    "MonitorDepthState",
+    "Place",
+    "Rule",
+    "SmoothOverDepthState",
+    "Track",
+    "adamw",
+    "as_scalars",
+    "augment_over_depth",
+    "compose",
+    "depth_metrics",
+    "diffusion",
+    "ema",
+    "exponential",
+    "find_depth",
+    "from_kernel",
+    "from_matrix",
+    "gradient_noise_over_depth",
+    "interleaved",
+    "line_shape_score",
+    "lion",
+    "mean",
+    "monitor_depth",
+    "muon",
+    "muon_dimension_numbers",
+    "normuon",
+    "numbered",
+    "operator_matrix",
+    "projections",
+    "read_metrics",
+    "residual_alignment",
+    "sequence",
+    "sgd",
+    "sharpen",
+    "shrink_over_depth",
+    "shuffled",
+    "smooth_over_depth",
+    "trace_depth",
+    "window",
+]
+"""The names of version 0.1, which stay importable, wherever they are documented."""
+
+
+def test_names_of_earlier_versions_are_importable():
+    missing = [name for name in EARLIER if not hasattr(depthsmooth, name)]
+    assert not missing
+    assert {"Operator", "Stencil"} <= set(depthsmooth.__all__)
 
 
 def test_readme_example_runs_as_it_stands(tmp_path):

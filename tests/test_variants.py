@@ -354,9 +354,26 @@ def test_an_operator_that_does_not_fit_is_refused_on_init():
     for none in (0.1, [ds.window(0.1)], ds.window, optax.constant_schedule(0.1)):
         with pytest.raises(ValueError, match=r"is no operator: .* window\(0\.1\)"):
             ds.augment_over_depth(none, depth=DEPTH)
-    for none in (lambda layers, count: np.eye(layers), lambda layers, count: ds.ema(0.5)(4, 0)):
-        with pytest.raises(ValueError, match=r"is no operator: for 5 layers it gives a"):
-            ds.augment_over_depth(none, depth=DEPTH).init(layers())
+    with pytest.raises(ValueError, match=r"is no operator: for 5 layers it gives a ndarray"):
+        ds.augment_over_depth(lambda layers, count: np.eye(layers), depth=DEPTH).init(layers())
+
+
+ROWS = np.full((2, 5), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("stencil", "message"),
+    [
+        (ds.ema(0.5)(4, 0), r"one row of shape \(5,\) for each of the 4 offsets"),
+        (ds.Stencil((0, 0), ROWS), r"its offsets are \(0, 0\), but have to be distinct"),
+        (ds.Stencil((0, 0.5), ROWS), r"distinct whole numbers"),
+        (ds.Stencil((0,), ROWS), r"one row of shape \(5,\) for each of the 1 offsets"),
+        (ds.Stencil((0, 1), ROWS), r"weights\[1, 4\] is 0.5, but there is no layer 5. Make it 0"),
+    ],
+)
+def test_a_wrong_stencil_is_refused_on_init(stencil, message):
+    with pytest.raises(ValueError, match=rf"gives a wrong Stencil for 5 layers: .*{message}"):
+        ds.augment_over_depth(lambda layers, count: stencil, depth=DEPTH).init(layers())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -10,15 +10,15 @@ import textwrap
 import traceback
 from collections.abc import Sequence
 
-from depthsmooth.cli.rules_file import read_rules, write_rules
+from depthsmooth.cli.rules_file import in_toml, read_rules, write_rules
 from depthsmooth.cli.targets import children, read_target, subtree
-from depthsmooth.depth.layout import Depth, DepthNotFoundError
+from depthsmooth.depth.layout import Depth, DepthNotFoundError, Rules
 from depthsmooth.depth.names.find import AmbiguousDepthError, find_depth
 
 NOT_FOUND, WRONG, INTERRUPTED = 1, 2, 130
 """Exit statuses: depth is ambiguous or absent; anything else is wrong; Ctrl-C."""
 
-EXAMPLES = """examples:
+EXAMPLES = r"""examples:
   python -m depthsmooth inspect checkpoints/1000/default --subtree params
   python -m depthsmooth inspect model.safetensors --explain model/layers/3/mlp/weight
   python -m depthsmooth inspect flax_model.msgpack --rules rules.toml
@@ -26,7 +26,16 @@ EXAMPLES = """examples:
 
 where train.py has, say,
   def shapes():
-      return jax.eval_shape(model.init, jax.random.key(0), batch)["params"]"""
+      return jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+
+rules.toml has a line for each pattern, with its rule:
+  'layers/.*' = 0  # stacked along axis 0
+  'blocks/.*' = [0, 1]  # stacked along several axes, outer to inner
+  'codebooks/.*' = []  # no layers
+  'block_(\d+)/.*' = {numbered = true}  # each layer has leaves of its own
+  'layers_.*' = {interleaved = 1}  # stacks along axis 1, whose layers alternate
+  # Containers that follow one another. One with a rule of its own is a table.
+  '.*_blocks?/.*' = {sequence = [{'in_blocks' = 0}, 'mid_block', {'out_blocks' = 0}]}"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,9 +65,8 @@ def parser() -> argparse.ArgumentParser:
         "--rules",
         metavar="FILE",
         type=pathlib.Path,
-        help="say where depth is, where names do not: TOML with lines like 'layers/.*' = 0, or "
-        "'block_(\\d+)/.*' = \"numbered()\" (with the quotes), or .json as depth.to_json() writes "
-        "it",
+        help="say where depth is, where names do not: TOML with lines as below, or .json as "
+        "depth.to_json() writes it",
     )
     output = inspect.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON, for Depth.from_json")
@@ -83,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, AmbiguousDepthError | DepthNotFoundError):
             print(f"{error}\n\n{_remedy(error, given.rules)}", file=sys.stderr)
             return NOT_FOUND
-        message = textwrap.shorten(str(error) or type(error).__name__, 1000, placeholder=" …")
+        said = in_toml(str(error)) if given.rules else str(error)
+        message = textwrap.shorten(said or type(error).__name__, 1000, placeholder=" …")
         print(f"error: {message}", file=sys.stderr)
         return WRONG
     return 0
@@ -92,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _inspect(given: argparse.Namespace) -> None:
     """Prints what is asked for of a target."""
     tree = read_target(given.target)
-    if isinstance(tree, Depth):
+    depth: Depth | Rules
+    if isinstance(tree, Depth | Rules):
         if given.subtree or given.rules:
             raise ValueError(
                 f"{given.target} returns a Depth, which is shown as it is: leave --subtree and "
@@ -121,8 +131,8 @@ def _remedy(error: ValueError, rules: pathlib.Path | None) -> str:
     if not isinstance(error, AmbiguousDepthError):
         return (
             f"On this command line: --rules {file}, a file with a line like '.*layers/.*' = 0, or "
-            "'.*block_(\\d+)/.*' = \"numbered()\" where each layer has leaves of its own; or give "
-            "module:function, a function that returns the Depth of trace_depth."
+            "'.*block_(\\d+)/.*' = {numbered = true} where each layer has leaves of its own; or "
+            "give module:function, a function that returns the Depth of trace_depth."
         )
     lines = "\n".join(write_rules(error.readings))
     where = f"add to {file}" if file == rules else f"put into {file}"

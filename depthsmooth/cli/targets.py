@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from depthsmooth.cli.flax_file import is_box, read_flax
-from depthsmooth.depth.layout import Depth
+from depthsmooth.depth.layout import Layout
 from depthsmooth.depth.paths import leaves_of, numbered_key, path_string, some
 
 KINDS = (
@@ -51,7 +51,7 @@ SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*\.safetensors)")
 """The names of an index of .safetensors files, and of one of several files of a checkpoint."""
 
 
-def read_target(target: str) -> optax.Params | Depth:
+def read_target(target: str) -> optax.Params | Layout:
     """The tree of shapes that a target holds, or what a function returns.
 
     Raises:
@@ -64,7 +64,7 @@ def read_target(target: str) -> optax.Params | Depth:
         tree = _called(target)
     else:
         raise ValueError(f"There is no {target}. Give {KINDS}.")
-    if not isinstance(tree, Depth) and not leaves_of(tree)[0]:
+    if not isinstance(tree, Layout) and not leaves_of(tree)[0]:
         raise ValueError(f"{target} holds no arrays.")
     return tree
 
@@ -98,7 +98,7 @@ def subtree(tree: optax.Params, path: str) -> optax.Params:
     return tree
 
 
-def _called(target: str) -> optax.Params | Depth:
+def _called(target: str) -> optax.Params | Layout:
     """What a function returns; what it prints goes to standard error."""
     module, _, name = target.partition(":")
     if module.endswith(".py"):
@@ -111,7 +111,7 @@ def _called(target: str) -> optax.Params | Depth:
         raise ValueError(
             f"{target} fails with {type(error).__name__}: {error} (--debug shows where)"
         ) from error
-    for path, leaf in [] if isinstance(tree, Depth) else leaves_of(tree)[0]:
+    for path, leaf in [] if isinstance(tree, Layout) else leaves_of(tree)[0]:
         if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
             raise ValueError(
                 f"{target} returns no tree of arrays, but {f'{path}, ' if path else ''}a "

@@ -41,7 +41,10 @@ class DepthNotFoundError(ValueError):
 
 
 class Layout(abc.ABC):
-    """What tells where depth is in a tree: a :class:`Depth`, or :class:`Rules`."""
+    """What tells where depth is in a tree.
+
+    A :class:`~depthsmooth.Depth`, or :class:`~depthsmooth.depth.Rules` that become one.
+    """
 
     @abc.abstractmethod
     def resolve(self, tree: optax.Params) -> Depth:
@@ -168,7 +171,7 @@ class Layout(abc.ABC):
         return self.map(lambda path, leaf, place: len(layer_shape(leaf, place)) >= 2, params)
 
     def to_json(self) -> str:
-        """The Depth as JSON, for a file beside a checkpoint; :meth:`from_json` reads it.
+        """The layout as JSON, for a file beside a checkpoint. ``Depth.from_json`` reads it.
 
         Returns:
           The text. Rules that are not resolved are in it as such.
@@ -182,7 +185,7 @@ class Layout(abc.ABC):
 
     @classmethod
     def from_json(cls, text: str) -> Depth | Rules:
-        """The Depth that :meth:`to_json` wrote.
+        """The Depth that ``to_json`` wrote.
 
         Args:
           text: what it wrote.
@@ -254,7 +257,8 @@ class Depth(Layout, Mapping[str, Place]):
             ``{}`` smooths nothing.
 
         Returns:
-          The :class:`Rules`. Every ``depth=`` takes them, and ``resolve(params)`` gives the Depth.
+          The :class:`~depthsmooth.depth.Rules`. Every ``depth=`` takes them, and
+          ``resolve(params)`` gives the Depth.
 
         Raises:
           ValueError: if a pattern is no regular expression, or a rule is none.
@@ -412,11 +416,11 @@ class Depth(Layout, Mapping[str, Place]):
 class Rules(Layout):
     """Rules that have not met a tree: patterns of paths, and how layers lie in what they match.
 
-    :meth:`Depth.from_rules` makes them. Every ``depth=`` takes them as it takes a Depth: they meet
+    ``Depth.from_rules`` makes them. Every ``depth=`` takes them as it takes a Depth: they meet
     the parameters when an optimizer is initialised, and the updates when an update is traced.
 
     Attributes:
-      rules: pairs of a path pattern and its :class:`Rule`.
+      rules: pairs of a path pattern and its :class:`~depthsmooth.depth.Rule`.
     """
 
     rules: tuple[tuple[str, Rule], ...] = ()

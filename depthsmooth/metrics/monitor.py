@@ -10,13 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from depthsmooth.depth.layout import Depth, Where
+from depthsmooth.depth.layout import Layout, Where
 from depthsmooth.depth.paths import leaves_of
 from depthsmooth.mesh import AxisName
 from depthsmooth.metrics.updates import By, DepthMetrics, check_measure, depth_metrics
-
-MEASURED = "depth_metrics"
-"""The field of a state that holds what was measured."""
 
 
 class MonitorDepthState(NamedTuple):
@@ -33,7 +30,7 @@ class MonitorDepthState(NamedTuple):
 
 
 def monitor_depth(
-    depth: Depth,
+    depth: Layout,
     every: int | jax.Array = 1,
     *,
     name: str = "",
@@ -73,10 +70,12 @@ def monitor_depth(
         fit its place.
 
     Example:
+      >>> import depthsmooth as ds
       >>> params = {"layers": jnp.array([1.0, 1.0, -1.0])}
-      >>> tx = optax.chain(monitor_depth(Depth.from_rules({"layers": 0})), optax.scale(-0.1))
+      >>> depth = ds.Depth.from_rules({"layers": 0})
+      >>> tx = optax.chain(ds.monitor_depth(depth), optax.scale(-0.1))
       >>> updates, state = tx.update(params, tx.init(params))
-      >>> read_metrics(state)["layers"].cosines.tolist()
+      >>> ds.read_metrics(state)["layers"].cosines.tolist()
       [1.0, -1.0]
     """
     is_number = isinstance(every, int | np.integer) and not isinstance(every, bool)
@@ -90,15 +89,13 @@ def monitor_depth(
         metrics = depth_metrics(updates, depth, by=by, full=full, where=where, axis_name=axis_name)
         return {f"{name}/{key}" if name else key: value for key, value in metrics.items()}
 
+    # Not optax.snapshot, which takes types from the updates and fails under optax.tree.map_params;
+    # nor optax.monitor, whose state is empty before the first update. Checkpoints would not fit.
     def init_fn(params: optax.Params) -> MonitorDepthState:
-        count = jnp.zeros([], jnp.int32)
+        metrics = optax.tree.zeros_like(jax.eval_shape(measured, params))
         if not any(leaves_of(params)):
-            # optax.tree.map_params asks what the state of no parameters begins with.
-            return MonitorDepthState(count, jnp.zeros([]))  # type: ignore[arg-type]
-        shapes = jax.eval_shape(measured, params)
-        return MonitorDepthState(
-            count, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        )
+            metrics = jnp.zeros([])  # for optax.tree.map_params, which passes a tree of no leaves
+        return MonitorDepthState(jnp.zeros([], jnp.int32), metrics)
 
     def update_fn(
         updates: optax.Updates,
@@ -109,10 +106,8 @@ def monitor_depth(
         del params, extra_args
         count, before = state
 
-        def measure() -> dict[str, DepthMetrics]:
-            cast = jax.tree.map(lambda new, old: new.astype(old.dtype), measured(updates), before)
-            metrics: dict[str, DepthMetrics] = cast
-            return metrics
+        def measure() -> optax.OptState:
+            return optax.tree.cast_like(measured(updates), before)
 
         metrics = (
             measure()
@@ -141,36 +136,43 @@ def read_metrics(opt_state: optax.OptState) -> dict[str, DepthMetrics]:
       ValueError: if there is no monitor, or two measure under the same name.
 
     Example:
-      >>> params = {"layers": jnp.ones((3, 4))}
-      >>> tx = optax.masked(monitor_depth(Depth.from_rules({"layers": 0})), {"layers": True})
+      >>> import depthsmooth as ds
+      >>> params, depth = {"layers": jnp.ones((3, 4))}, ds.Depth.from_rules({"layers": 0})
+      >>> tx = optax.masked(ds.monitor_depth(depth), {"layers": True})
       >>> _, state = tx.update(params, tx.init(params))
-      >>> read_metrics(state)["layers"].norms.tolist()
+      >>> ds.read_metrics(state)["layers"].norms.tolist()
       [2.0, 2.0, 2.0]
     """
-    leaves = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
-        keys = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-        leaves[keys[:-1] if keys[-1:] == ("value",) else keys] = leaf  # of an nnx.Variable
-    fields: dict[tuple[str, ...], dict[str, jax.Array]] = {}
-    for keys, leaf in leaves.items():
-        if keys[-3:-2] == (MEASURED,) and keys[-1] in DepthMetrics._fields:
-            count = leaves[(*keys[:-3], "count")]
-            # Of several optimizers under vmap each has a count.
-            never = jnp.expand_dims(count == 0, range(count.ndim, leaf.ndim))
-            fields.setdefault(keys[:-1], {})[keys[-1]] = jnp.where(never, jnp.nan, leaf)
-    if not fields:
+    find = optax.tree.get_all_with_path
+    counts = {path[:-1]: count for path, count in find(opt_state, "count")}
+    metrics: dict[str, DepthMetrics] = {}
+    for path, groups in find(opt_state, "depth_metrics"):
+        if path[:-1] not in counts or not find(groups, "roughness"):
+            continue  # the user's own
+        if twice := metrics.keys() & groups.keys():
+            raise ValueError(
+                f"Two monitors measure {min(twice)!r}. Give each a name: monitor_depth(depth, "
+                "name=...)."
+            )
+        metrics |= {key: _known(values, counts[path[:-1]]) for key, values in groups.items()}
+    if not metrics:
         raise ValueError(
             "There is no monitor in this state: put monitor_depth(depth) into the chain that the "
             "optimizer is made of, and give its opt_state."
         )
-    metrics: dict[str, DepthMetrics] = {}
-    for (*_, name), values in fields.items():
-        if name in metrics:
-            raise ValueError(
-                f"Two monitors measure {name!r}. Give each a name: monitor_depth(depth, name=...)."
-            )
-        metrics[name] = DepthMetrics(**values)
     return metrics
+
+
+def _known(measured: optax.OptState, count: jax.Array) -> DepthMetrics:
+    """The metrics of a NamedTuple or a dictionary; NaN before the first update."""
+    never = count == 0  # under vmap, one for each optimizer
+    return DepthMetrics(
+        **{
+            field: jnp.where(jnp.expand_dims(never, range(never.ndim, value.ndim)), jnp.nan, value)
+            for field in DepthMetrics._fields
+            if (value := optax.tree.get(measured, field)) is not None
+        }
+    )
 
 
 def as_scalars(
@@ -186,10 +188,12 @@ def as_scalars(
       From names like ``blocks/roughness``, or ``blocks/norms/07``, to scalars.
 
     Example:
-      >>> metrics = depth_metrics({"layers": jnp.ones((3, 4))}, Depth.from_rules({"layers": 0}))
-      >>> {name: float(value) for name, value in as_scalars(metrics).items()}
+      >>> import depthsmooth as ds
+      >>> depth = ds.Depth.from_rules({"layers": 0})
+      >>> metrics = ds.depth_metrics({"layers": jnp.ones((3, 4))}, depth)
+      >>> {name: float(value) for name, value in ds.as_scalars(metrics).items()}
       {'layers/roughness': 0.0, 'layers/adjacent_cosine': 1.0, 'layers/mean_norm': 2.0}
-      >>> list(as_scalars(metrics, layers=True))[3:]
+      >>> list(ds.as_scalars(metrics, layers=True))[3:]
       ['layers/cosines/0', 'layers/cosines/1', 'layers/norms/0', 'layers/norms/1', 'layers/norms/2']
     """
     scalars = {}

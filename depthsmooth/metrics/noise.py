@@ -65,8 +65,9 @@ def gradient_noise_over_depth(
         does not fit its place.
 
     Example:
+      >>> import depthsmooth as ds
       >>> gradients = {"layers": jnp.array([[1.0, 2.0], [3.0, 2.0]])}
-      >>> noise = gradient_noise_over_depth(gradients, Depth.from_rules({"layers": 0}))["layers"]
+      >>> noise = gradient_noise_over_depth(gradients, ds.Depth.from_rules({"layers": 0}))["layers"]
       >>> noise.variance.tolist(), noise.squared_norm.tolist(), noise.noise_scale.tolist()
       ([2.0, 0.0], [4.0, 4.0], [0.5, 0.0])
 

@@ -19,7 +19,7 @@ from depthsmooth.operators.numbers import (
     rows_of,
     takes,
 )
-from depthsmooth.operators.stencil import Operator, Stencil, exists, matrix_of, stencil_of
+from depthsmooth.operators.stencil import Operator, Stencil, exists, identity, matrix_of, stencil_of
 
 
 def from_kernel(
@@ -184,6 +184,34 @@ def operator_matrix(
     """
     check_operator(operator)
     return matrix_of(operator(layers, count))
+
+
+def stencil_for(operator: Operator, layers: int, count: jax.typing.ArrayLike) -> Stencil:
+    """The stencil of an operator for one run of layers. A single layer is left as it is.
+
+    Args:
+      operator: the operator.
+      layers: the number of layers L.
+      count: the step.
+
+    Returns:
+      The stencil.
+
+    Raises:
+      ValueError: if the operator gives something else.
+    """
+    if layers == 1:
+        return identity(1)
+    made = operator(layers, count)
+    if not isinstance(made, Stencil):
+        raise ValueError(
+            f"{operator!r} is no operator: for {layers} layers it gives a {type(made).__name__}, "
+            "but has to give a Stencil, as window(0.1) and from_matrix(matrix) do."
+        )
+    wrong = made.misfit(layers)
+    if wrong:
+        raise ValueError(f"{operator!r} gives a wrong Stencil for {layers} layers: {wrong}")
+    return made
 
 
 def check_operator(operator: object) -> None:

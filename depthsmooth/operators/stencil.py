@@ -58,6 +58,38 @@ class Stencil:
         rows = zip(self.offsets, self.weights, strict=True)
         return all(isinstance(row, np.ndarray) and (row == (k == 0)).all() for k, row in rows)
 
+    def misfit(self, layers: int) -> str:
+        """Why this is no operator for that many layers; empty if it is one.
+
+        Args:
+          layers: the number of layers L.
+
+        Returns:
+          A sentence or two.
+
+        Example:
+          >>> Stencil((0, 1), np.array([[1.0, 1.0], [0.5, 0.5]])).misfit(2)
+          'weights[1, 1] is 0.5, but there is no layer 2. Make it 0: boundaries are in the weights.'
+        """
+        distinct = {offset for offset in self.offsets if isinstance(offset, int | np.integer)}
+        if len(distinct) < len(self.offsets):
+            return f"its offsets are {self.offsets}, but have to be distinct whole numbers."
+        shapes = [np.shape(row) for row in self.weights]
+        if shapes != [(layers,)] * len(self.offsets):
+            return (
+                f"its weights are rows of shapes {shapes}, but have to be one row of shape "
+                f"({layers},) for each of the {len(self.offsets)} offsets."
+            )
+        for k, (offset, row) in enumerate(zip(self.offsets, self.weights, strict=True)):
+            beyond = ~exists((offset,), layers)[0]
+            if isinstance(row, np.ndarray) and row[beyond].any():
+                i = int(np.flatnonzero(beyond & (row != 0))[0])
+                return (
+                    f"weights[{k}, {i}] is {row[i]:g}, but there is no layer {i + offset}. Make "
+                    "it 0: boundaries are in the weights."
+                )
+        return ""
+
     def neighbours(self, offset: int) -> list[int | None]:
         """For each layer the one at that offset, None where its run has none."""
         ends = itertools.accumulate(self.runs or (self.layers,))

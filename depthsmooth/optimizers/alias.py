@@ -86,8 +86,9 @@ def sgd(
 
     Example:
       >>> import jax.numpy as jnp
+      >>> import depthsmooth as ds
       >>> params = {"layers": jnp.array([0.0, 4.0, 0.0])}
-      >>> tx = sgd(1.0, alpha=0.5, depth=Depth.from_rules({"layers": 0}))
+      >>> tx = sgd(1.0, alpha=0.5, depth=ds.Depth.from_rules({"layers": 0}))
       >>> tx.update(params, tx.init(params))[0]["layers"].tolist()
       [-1.0, -2.0, -1.0]
 
@@ -164,8 +165,9 @@ def adamw(
 
     Example:
       >>> import jax.numpy as jnp
+      >>> import depthsmooth as ds
       >>> params = {"layers": jnp.array([0.0, 4.0, 0.0])}
-      >>> depth = Depth.from_rules({"layers": 0})
+      >>> depth = ds.Depth.from_rules({"layers": 0})
       >>> tx = adamw(1.0, weight_decay=0.5, alpha=0.5, depth=depth)
       >>> tx.update(params, tx.init(params), params)[0]["layers"].round(3).tolist()
       [-0.25, -2.5, -0.25]
@@ -236,8 +238,9 @@ def lion(
 
     Example:
       >>> import jax.numpy as jnp
+      >>> import depthsmooth as ds
       >>> params = {"layers": jnp.array([0.0, 4.0, 0.0])}
-      >>> depth = Depth.from_rules({"layers": 0})
+      >>> depth = ds.Depth.from_rules({"layers": 0})
       >>> tx = lion(1.0, weight_decay=0.5, alpha=0.5, depth=depth)
       >>> tx.update(params, tx.init(params), params)[0]["layers"].tolist()
       [-0.25, -2.5, -0.25]
@@ -339,8 +342,9 @@ def muon(
 
     Example:
       >>> import jax.numpy as jnp
+      >>> import depthsmooth as ds
       >>> params = {"kernel": jnp.stack([jnp.eye(2), 2 * jnp.eye(2)]), "scale": jnp.ones((2, 3))}
-      >>> tx = muon(1.0, alpha=0.5, depth=Depth.from_rules({".*": 0}))
+      >>> tx = muon(1.0, alpha=0.5, depth=ds.Depth.from_rules({".*": 0}))
       >>> updates, _ = tx.update(params, tx.init(params), params)
       >>> bool(jnp.allclose(updates["kernel"][0], updates["kernel"][1], atol=1e-3))
       True
@@ -453,8 +457,9 @@ def normuon(
 
     Example:
       >>> import jax.numpy as jnp
+      >>> import depthsmooth as ds
       >>> params = {"kernel": jnp.stack([jnp.eye(2), 2 * jnp.eye(2)]), "scale": jnp.ones((2, 3))}
-      >>> tx = normuon(1.0, alpha=0.5, depth=Depth.from_rules({".*": 0}))
+      >>> tx = normuon(1.0, alpha=0.5, depth=ds.Depth.from_rules({".*": 0}))
       >>> updates, _ = tx.update(params, tx.init(params), params)
       >>> jnp.sqrt((updates["kernel"] ** 2).mean((1, 2))).round(3).tolist()
       [0.20000000298023224, 0.20000000298023224]

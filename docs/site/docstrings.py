@@ -42,8 +42,8 @@ def _display(formula: str) -> str:
 
 def _reference(name: str, obj: griffe.Object) -> str:
     """A link to a name of the package, or of the class that an object is or belongs to."""
-    name = name.removeprefix("depthsmooth.")
     owner = obj if obj.is_class else obj.parent
-    if name not in obj.package.all_members and owner is not None and owner.is_class:
-        name = f"{owner.name}.{name}"
-    return f"[`{name.split('.')[-1]}`][depthsmooth.{name}]"
+    path = name if name.startswith("depthsmooth.") else f"depthsmooth.{name}"
+    if path == name or name in obj.package.all_members or owner is None or not owner.is_class:
+        return f"[`{name.split('.')[-1]}`][{path}]"
+    return f"[`{name}`][depthsmooth.{owner.name}.{name}]"
