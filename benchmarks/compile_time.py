@@ -1,73 +1,108 @@
-"""How long a jitted update takes to trace, lower and compile, against the same chain unsmoothed.
+"""How long a jitted update takes to trace, lower and compile, against a stencil written by hand.
 
 ``python -m benchmarks.compile_time`` prints medians of ratios within rounds, for 1,000 stacked
-leaves and for 96 layers of 12 leaves each. The bare stencil is the least that a window over depth
-can be, written by hand for one stack: the compiler makes one kernel more of it for every leaf.
+leaves and for 48 blocks of 16 leaves each: the smoothing alone, and AdamW with it. By hand it is
+the window for that very tree, in a few lines of ``jax.numpy``.
 """
 
+import argparse
 import itertools
 import statistics
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import numpy as np
 import optax
+import tqdm
 
 import depthsmooth as ds
 from benchmarks import results
 
+ALPHA = 0.1
 ROUNDS = 5
 STAGES = ("trace", "lower", "compile", "all")
 
-Tree = dict[str, dict[str, jax.ShapeDtypeStruct]]
+Tree = dict[str, dict[str, jax.Array]]
 
 
-def leaf(*shape: int) -> jax.ShapeDtypeStruct:
-    """A leaf of which only the shape is known."""
-    return jax.ShapeDtypeStruct(shape, "float32")
+class Model(NamedTuple):
+    """A tree of shapes, where its layers are, and the window for it by hand."""
 
-
-TREES: dict[str, tuple[Tree, ds.Depth]] = {
-    "1,000 stacked leaves": (
-        {"layers": {f"w_{i}": leaf(24, 64, 64) for i in range(1000)}},
-        ds.Depth.from_rules({"layers/.*": 0}),
-    ),
-    "96 layers of 12 leaves": (
-        {f"block_{i}": {f"w_{j}": leaf(64, 64) for j in range(12)} for i in range(96)},
-        ds.Depth.from_rules({"block_.*": ds.numbered()}),
-    ),
-}
+    params: Tree
+    depth: ds.depth.Rules
+    by_hand: Callable[[Tree], Tree]
 
 
 @jax.jit
-def bare(update: jax.Array) -> jax.Array:
-    """The window at alpha = 0.1 over axis 0, but for its ends."""
+def stack_by_hand(update: jax.Array) -> jax.Array:
+    """The window over axis 0."""
 
     def shifted(offset: int) -> jax.Array:
         return jax.lax.pad(update, 0.0, [(offset, -offset, 0), (0, 0, 0), (0, 0, 0)])
 
-    return 0.9 * update + 0.05 * shifted(-1) + 0.05 * shifted(1)
+    own = np.full((len(update), 1, 1), 1 - ALPHA, "float32")
+    own[[0, -1]] = 1 - ALPHA / 2
+    return own * update + ALPHA / 2 * shifted(-1) + ALPHA / 2 * shifted(1)
 
 
-def arms(depth: ds.Depth, stacked: bool) -> dict[str, list[optax.GradientTransformation]]:
-    """What stands between Adam and the weight decay."""
-    schedule = optax.linear_schedule(0.1, 0.2, 100)
-    by_hand = optax.stateless(lambda updates, _: jax.tree.map(bare, updates))
+def blocks_by_hand(updates: Tree) -> Tree:
+    """The window over block_0, block_1 and so on."""
+    last = len(updates) - 1
+
+    def mixed(k: int, name: str) -> jax.Array:
+        near = [updates[f"block_{j}"][name] for j in (k - 1, k + 1) if 0 <= j <= last]
+        own = 1 - ALPHA / 2 * len(near)
+        return own * updates[f"block_{k}"][name] + ALPHA / 2 * sum(near[1:], near[0])
+
     return {
-        "unsmoothed": [],
-        "alpha a number": [ds.smooth_over_depth(0.1, depth=depth)],
-        "alpha a schedule": [ds.smooth_over_depth(schedule, depth=depth)],
-        **({"bare stencil": [by_hand]} if stacked else {}),
+        f"block_{k}": {name: mixed(k, name) for name in updates["block_0"]}
+        for k in range(len(updates))
     }
 
 
-def seconds(middle: list[optax.GradientTransformation], params: Tree) -> list[float]:
-    """How long each stage takes from nothing, and all together."""
-    tx = optax.chain(
+def models(leaves: int, blocks: int) -> dict[str, Model]:
+    """The two trees, of that many stacked leaves and of that many blocks."""
+    matrix, vector = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((64, 64), (64,)))
+    stack = jax.ShapeDtypeStruct((24, 64, 64), "float32")
+    block = {f"w{j}": matrix for j in range(10)} | {f"b{j}": vector for j in range(6)}
+    return {
+        f"{leaves:,} stacked leaves": Model(
+            {"layers": {f"w{j}": stack for j in range(leaves)}},
+            ds.Depth.from_rules({"layers/.*": 0}),
+            lambda updates: jax.tree.map(stack_by_hand, updates),
+        ),
+        f"{blocks} blocks of 16 leaves": Model(
+            {f"block_{k}": block for k in range(blocks)},
+            ds.Depth.from_rules({r"block_(\d+)/.*": ds.numbered()}),
+            blocks_by_hand,
+        ),
+    }
+
+
+def arms(model: Model) -> dict[str, optax.GradientTransformation]:
+    """The smoothing alone, and AdamW with it; ours beside the one by hand."""
+    by_hand = optax.stateless(lambda updates, _: model.by_hand(updates))
+    adamw = optax.chain(
         optax.scale_by_adam(),
-        *middle,
-        optax.add_decayed_weights(0.1),
+        by_hand,
+        optax.add_decayed_weights(1e-4),
         optax.scale_by_learning_rate(3e-4),
     )
+    return {
+        "smoothing by hand": by_hand,
+        "smooth_over_depth": ds.smooth_over_depth(ALPHA, depth=model.depth),
+        "AdamW with it by hand": adamw,
+        "ds.adamw": ds.adamw(3e-4, alpha=ALPHA, depth=model.depth),
+    }
+
+
+BESIDE = {"smooth_over_depth": "smoothing by hand", "ds.adamw": "AdamW with it by hand"}
+
+
+def seconds(tx: optax.GradientTransformation, params: Tree) -> list[float]:
+    """How long each stage takes from nothing, and all together."""
     state = jax.eval_shape(tx.init, params)
     jax.clear_caches()
     times = [time.perf_counter()]
@@ -80,13 +115,18 @@ def seconds(middle: list[optax.GradientTransformation], params: Tree) -> list[fl
     return [*(b - a for a, b in itertools.pairwise(times)), times[-1] - times[0]]
 
 
-def measure(params: Tree, depth: ds.Depth) -> dict[str, dict[str, float]]:
-    """For each arm the medians of each stage's time, over that of the whole unsmoothed chain."""
-    compared = arms(depth, stacked="layers" in params)
-    rounds = [{name: seconds(arm, params) for name, arm in compared.items()} for _ in range(ROUNDS)]
+def measure(model: Model, rounds: int) -> dict[str, dict[str, float]]:
+    """For each arm the medians of each stage's time over the whole time of the arm by hand."""
+    compared = arms(model)
+    taken = [
+        {name: seconds(tx, model.params) for name, tx in compared.items()}
+        for _ in tqdm.trange(rounds, leave=False)
+    ]
     return {
         name: {
-            stage: round(statistics.median(r[name][k] / r["unsmoothed"][-1] for r in rounds), 2)
+            stage: round(
+                statistics.median(r[name][k] / r[BESIDE.get(name, name)][-1] for r in taken), 2
+            )
             for k, stage in enumerate(STAGES)
         }
         for name in compared
@@ -95,13 +135,12 @@ def measure(params: Tree, depth: ds.Depth) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Measures, prints and writes."""
-    ratios = {name: measure(*tree) for name, tree in TREES.items()}
-    result = {
-        "unit": "the time of the whole unsmoothed chain: trace, lower and compile",
-        "ratios": ratios,
-        "rounds": ROUNDS,
-    }
-    results.write("compile_time", result)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    rounds = parser.parse_args().rounds
+    ratios = {name: measure(model, rounds) for name, model in models(1000, 48).items()}
+    unit = "the whole time of the same by hand: trace, lower and compile"
+    results.write("compile_time", {"unit": unit, "ratios": ratios, "rounds": rounds})
     for tree, of_arms in ratios.items():
         print(f"{tree:24}" + "".join(f"{stage:>9}" for stage in STAGES))
         for name, of_stages in of_arms.items():

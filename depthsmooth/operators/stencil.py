@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -50,7 +51,7 @@ class Stencil:
         """Whether it is faster as a matrix."""
         return len(self.offsets) > _MOST_SHIFTS
 
-    @property
+    @functools.cached_property
     def is_identity(self) -> bool:
         """Whether the operator is known, while tracing, to change nothing."""
         if isinstance(self.weights, jax.Array):
