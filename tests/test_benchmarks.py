@@ -5,9 +5,11 @@ import pathlib
 import subprocess
 import sys
 
+import chex
+import jax
 import pytest
 
-from benchmarks import compiled_cost, hlo, results, speed
+from benchmarks import compile_time, compiled_cost, hlo, results, speed, step_time
 
 
 def test_refuses_to_compare_different_devices(tmp_path):
@@ -135,3 +137,29 @@ def test_the_time_of_a_measurement_in_the_documentation_is_what_was_measured():
     ratios = {row["monitor"]: f"{100 * row['ratio']:.2f} %" for row in rows}
     assert f"takes {ratios['one measurement']} of the time of ten steps" in page
     assert f"or {ratios['one measurement, full']}\nwith `full=True`" in page
+
+
+@pytest.mark.parametrize("name", ["2 stacked leaves", "5 blocks of 16 leaves"])
+def test_what_is_written_by_hand_is_the_window(name):
+    """Else compile times, and times of steps, would compare different things."""
+    model = compile_time.models(2, 5)[name]
+    keys = iter(jax.random.split(jax.random.key(0), 100))
+    updates = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), model.params)
+    ours, _ = (tx := compile_time.arms(model)["smooth_over_depth"]).update(
+        updates, tx.init(updates)
+    )
+    chex.assert_trees_all_close(ours, model.by_hand(updates), rtol=1e-5, atol=1e-6)
+
+
+def test_compile_times_are_ratios_to_what_is_by_hand():
+    ratios = compile_time.measure(compile_time.models(2, 5)["5 blocks of 16 leaves"], 1)
+    assert set(ratios) == {*compile_time.BESIDE, *compile_time.BESIDE.values()}
+    for by_hand in compile_time.BESIDE.values():
+        assert ratios[by_hand]["all"] == 1
+    assert all(sum(of[s] for s in ("trace", "lower", "compile")) > 0 for of in ratios.values())
+
+
+def test_times_of_steps_are_ratios_to_the_unsmoothed_step():
+    ratios = step_time.measure(8, 1)
+    assert ratios["unsmoothed"] == 1
+    assert {"by hand", *step_time.VARIANTS} < set(ratios)
