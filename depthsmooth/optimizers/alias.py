@@ -43,6 +43,19 @@ def _with_depth_by_name(
     return checked
 
 
+def _smoothing(
+    alpha: optax.ScalarOrSchedule,
+    where: Where | None,
+    variant: Variant,
+    norm_over: NormOver,
+    cuts: Cuts,
+    axis_name: AxisName | None,
+) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """The smoothing of an optimizer, as a function of depth."""
+    smooth = functools.partial(smooth_over_depth, alpha, variant=variant, norm_over=norm_over)
+    return functools.partial(smooth, where=where, cuts=cuts, axis_name=axis_name)
+
+
 @_with_depth_by_name
 def sgd(
     learning_rate: optax.ScalarOrSchedule,
@@ -100,15 +113,7 @@ def sgd(
         optax.identity()
         if momentum is None
         else optax.trace(momentum, nesterov, accumulator_dtype),
-        smooth_over_depth(
-            alpha,
-            depth=depth,
-            where=where,
-            variant=variant,
-            norm_over=norm_over,
-            cuts=cuts,
-            axis_name=axis_name,
-        ),
+        _smoothing(alpha, where, variant, norm_over, cuts, axis_name)(depth=depth),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -178,15 +183,7 @@ def adamw(
     """
     return optax.chain(
         optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
-        smooth_over_depth(
-            alpha,
-            depth=depth,
-            where=where,
-            variant=variant,
-            norm_over=norm_over,
-            cuts=cuts,
-            axis_name=axis_name,
-        ),
+        _smoothing(alpha, where, variant, norm_over, cuts, axis_name)(depth=depth),
         optax.add_decayed_weights(weight_decay, function_of(mask)),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -251,15 +248,7 @@ def lion(
     """
     return optax.chain(
         optax.scale_by_lion(b1, b2, mu_dtype),
-        smooth_over_depth(
-            alpha,
-            depth=depth,
-            where=where,
-            variant=variant,
-            norm_over=norm_over,
-            cuts=cuts,
-            axis_name=axis_name,
-        ),
+        _smoothing(alpha, where, variant, norm_over, cuts, axis_name)(depth=depth),
         optax.add_decayed_weights(weight_decay, function_of(mask)),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -360,15 +349,7 @@ def muon(
         adam_learning_rate=adam_learning_rate,
         dimension_numbers=muon_weight_dimension_numbers,
         depth=depth,
-        smooth=functools.partial(
-            smooth_over_depth,
-            alpha,
-            where=where,
-            variant=variant,
-            norm_over=norm_over,
-            cuts=cuts,
-            axis_name=axis_name,
-        ),
+        smooth=_smoothing(alpha, where, variant, norm_over, cuts, axis_name),
         ns_coeffs=ns_coeffs,
         ns_steps=ns_steps,
         beta=beta,
@@ -475,15 +456,7 @@ def normuon(
         adam_learning_rate=adam_learning_rate,
         dimension_numbers=muon_weight_dimension_numbers,
         depth=depth,
-        smooth=functools.partial(
-            smooth_over_depth,
-            alpha,
-            where=where,
-            variant=variant,
-            norm_over=norm_over,
-            cuts=cuts,
-            axis_name=axis_name,
-        ),
+        smooth=_smoothing(alpha, where, variant, norm_over, cuts, axis_name),
         rescale=functools.partial(scale_by_neuron, b2),
         ns_coeffs=ns_coeffs,
         ns_steps=ns_steps,
