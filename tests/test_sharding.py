@@ -376,14 +376,16 @@ def test_an_explicit_mesh_need_not_be_set():
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("told", [False, True])
-def test_some_mesh_axes_may_be_manual_alone(kind, told):
+@pytest.mark.parametrize("variant", ["standard", "directional"])
+def test_some_mesh_axes_may_be_manual_alone(kind, told, variant):
     """Features by shard_map, layers by the compiler."""
     kinds = (getattr(AxisType, kind), AxisType.Auto)
     mesh = jax.make_mesh((4, 2), ("stage", "model"), axis_types=kinds)
     whole, spec = {"a": tree()["layers"]["kernel"]}, jax.P("stage", None, "model")
     parts = placed(whole, mesh, {"a": spec})
     rules = ds.Depth.from_rules({"a": 0})
-    tx = ds.smooth_over_depth(0.3, depth=rules.resolve(parts if told else whole))
+    depth = rules.resolve(parts if told else whole)
+    tx = make(variant, ds.window(0.3), depth=depth)
     part = {"a": jax.P(None, None, "model")}
     with jax.set_mesh(mesh):
         fn = jax.shard_map(
