@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from depthsmooth.depth.tracing.axes import UNKNOWN, cut, follow, own
+from depthsmooth.depth.tracing.axes import UNKNOWN, cut, own, propagate
 
 
 @st.composite
@@ -86,7 +86,7 @@ def followed(shape, steps):
                 ends = params["start_indices"], params["limit_indices"]
                 axes, origin = cut(axes, origin, shape, *ends, strides)
             else:
-                axes = follow(name, axes, shape, equation.outvars[0].aval.shape, params)
+                axes = propagate(name, axes, shape, equation.outvars[0].aval.shape, params)
             shape = equation.outvars[0].aval.shape
             certain &= not any(
                 axis == UNKNOWN and n > 1 for axis, n in zip(axes, shape, strict=True)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from depthsmooth.depth.tracing.counters import Number, follow
+from depthsmooth.depth.tracing.counters import Number, fold
 
 LOOP = (7,)
 SCALARS = [
@@ -43,7 +43,7 @@ def number_of(jaxpr, number):
         before = [atom.aval.shape for atom in equation.invars]
         [result] = equation.outvars
         name, params = equation.primitive.name, equation.params
-        known[result] = follow(name, numbers, before, result.aval.shape, params)
+        known[result] = fold(name, numbers, before, result.aval.shape, params)
     return known.get(jaxpr.outvars[0])
 
 
@@ -92,5 +92,5 @@ def test_what_is_known_of_an_array_that_counts_is_right(steps, start):
 
 def test_the_sum_of_two_loops_is_not_known():
     inner, outer = Number(0, 1, 3, (1, 2)), Number(0, 1, 3, (1,))
-    assert follow("add", [inner, outer], [(), ()], (), {}) is None
-    assert follow("add", [inner, None], [(), ()], (), {}) is None
+    assert fold("add", [inner, outer], [(), ()], (), {}) is None
+    assert fold("add", [inner, None], [(), ()], (), {}) is None

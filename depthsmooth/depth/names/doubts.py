@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from depthsmooth.depth.leaves import Axes, Shape
 from depthsmooth.depth.names.families import Family, blocks_within, holds_layers
 from depthsmooth.depth.names.nodes import Known, Node, common_axes, spare_axes
-from depthsmooth.depth.names.words import hold_copies, nesting_of, words_of
-from depthsmooth.depth.paths import shown
+from depthsmooth.depth.names.words import SEVERAL, has_word
 from depthsmooth.depth.rules import Rule, match, numbered, sequence
 
 
@@ -56,7 +55,7 @@ class Doubt:
         """The rules that fit the leaves, as users write them."""
         pattern = self.pattern(shapes)
         fitting = [rule for rule in self.rules if _fits(rule, pattern, shapes)]
-        return tuple(dict.fromkeys(map(_said, fitting)))
+        return tuple(dict.fromkeys(map(_written, fitting)))
 
     def sentence(self, pattern: str, readings: Sequence[str]) -> str:
         """What is not certain of the leaves, and what to say of them."""
@@ -67,9 +66,7 @@ class Doubt:
             rules = f"{' or '.join(layers)} if it is layers{others}, and {rules}"
         elif layers:
             rules = f"{rules} layers, and {' or '.join(layers)} if it is{others}"
-        return (
-            f"{shown(self.leaves[0].path, self.leaves[0].shape)}: {self.why}; the rule is {rules}."
-        )
+        return f"{self.leaves[0]}: {self.why}; the rule is {rules}."
 
 
 def _fits(rule: Rule, pattern: str, shapes: Mapping[str, Shape]) -> bool:
@@ -80,12 +77,12 @@ def _fits(rule: Rule, pattern: str, shapes: Mapping[str, Shape]) -> bool:
         return False
 
 
-def _said(rule: Rule) -> str:
+def _written(rule: Rule) -> str:
     """A rule as users write it."""
     axes = str(rule.axes if len(rule.axes) != 1 else rule.axes[0])
     if rule.containers:
         parts = [
-            repr(name) if inner == Rule() else f"({name!r}, {_said(inner)})"
+            repr(name) if inner == Rule() else f"({name!r}, {_written(inner)})"
             for name, inner in rule.containers
         ]
         return f"sequence({', '.join(parts)})"
@@ -97,16 +94,17 @@ def _said(rule: Rule) -> str:
 def doubts_among(family: Family, kinds: Sequence[Family], parts: bool) -> list[Doubt]:
     """What speaks against siblings of these kinds being layers, and what can be said of them."""
     are_blocks = any(kind.first.is_block for kind in kinds)
-    why = next((kind.stacked for kind in kinds if kind.stacked), "")
+    why = next((kind.why_stacks for kind in kinds if kind.why_stacks), "")
     if why:
         return [
             doubt_stacks(kind, why, are_blocks)
-            if kind.stacked
+            if kind.why_stacks
             else doubt_siblings(kind, why, are_blocks, family.has_holes)
             for kind in kinds
         ]
     why = family.misfit
-    nested = [sorted(blocks_within(kind), key=_in_numeric_order) for kind in kinds]
+    # Stages of one width hold blocks, and so do lists of lists. layers/10 comes after layers/9.
+    nested = [sorted(blocks_within(kind.members.values()), key=_in_numeric_order) for kind in kinds]
     if not why and any(nested):
         group = next(inner[0].group for inner in nested if inner)
         why = f"its siblings hold what may be layers, {group}, themselves"
@@ -116,16 +114,19 @@ def doubts_among(family: Family, kinds: Sequence[Family], parts: bool) -> list[D
         ]
     uneven = "" if why else unevenness_of(family, kinds)
     why = why or uneven or _doubt_of(family)
+    # A list of Dense, named layers, may be a perceptron within one layer, as in DETR's heads.
     if not (why or are_blocks or parts):
         why = "its siblings may be layers, or steps within one"
-    # The feature encoder of wav2vec 2.0, conv_layers, is beside the layers of its encoder.
-    grave = are_blocks and not (uneven and "conv" in words_of(family.name))
+    # wav2vec 2.0 has a feature encoder, conv_layers, beside the layers of its encoder.
+    grave = are_blocks and not (uneven and has_word({"conv"}, family.name))
     if not why:
         return []
     alike = alike_among(kinds) or kinds
+    # A bare list of matrices of several sizes is a perceptron: no part of it is a stack.
     if uneven and family.first.is_leaf:
-        alike = [family]  # matrices in a list, like those of a perceptron, are no layers
+        alike = [family]
     doubts = [doubt_siblings(each, why, grave, family.has_holes) for each in alike]
+    # One answer is enough for kinds without a pattern, as in Nemotron-H.
     if any(doubt.rules != (numbered(),) for doubt in doubts) and _are_numbered(family):
         doubts = [doubt_siblings(family, why, grave)]
     return [dataclasses.replace(doubt, is_likely=not uneven) for doubt in doubts]
@@ -133,17 +134,14 @@ def doubts_among(family: Family, kinds: Sequence[Family], parts: bool) -> list[D
 
 def _are_numbered(family: Family) -> bool:
     """Whether one rule says of siblings of several kinds that each is a layer."""
-    nodes = family.members.values()
-    shapes = {leaf.path: leaf.shape for leaf in _leaves_of(nodes)}
-    are_layers = not (family.has_holes or any(map(holds_layers, nodes)))
-    return are_layers and _fits(numbered(), family.pattern, shapes)
+    shapes = {leaf.path: leaf.shape for leaf in family.leaves}
+    are_layers = not (family.has_holes or any(map(holds_layers, family.members.values())))
+    return are_layers and _fits(numbered(), family.patterns[0], shapes)
 
 
 def unevenness_of(family: Family, kinds: Sequence[Family]) -> str:
-    """Which tensor has other shapes in some siblings that makes these another part of a network.
-
-    As where each stage has another width, and the first unit of a stage another input.
-    """
+    """Which tensor has other shapes in some siblings that makes these another part of a network."""
+    # The first unit of each stage of a ResNet has other inputs, each stage has another width.
     uneven = [kind for kind in kinds if not kind.is_even]
     if not (uneven or family.is_pyramid):
         return ""
@@ -153,10 +151,13 @@ def unevenness_of(family: Family, kinds: Sequence[Family]) -> str:
 
 def _doubt_of(family: Family) -> str:
     """Why siblings that are numbered without a hole may not be the layers of one network, if so."""
-    if hold_copies(family.container):
+    # experts/layers/0: an expert for each layer, or layers in each of the experts.
+    if has_word(SEVERAL, *family.container):
         return f"{family.container[0]}, which holds them, may be copies side by side"
+    # A stem and a head in the list of the blocks.
     if family.strangers:
         return f"{family.strangers[0].path} has nothing in common with its siblings"
+    # Recurrence and attention that share an MLP, attention and MLP that share an output.
     if family.halves:
         return halves_of(family)
     return "" if family.is_regular else "its siblings are of several kinds, which take no turns"
@@ -182,35 +183,31 @@ def doubt_siblings(family: Family, why: str, grave: bool, has_holes: bool = Fals
       grave: whether they look like layers.
       has_holes: whether numbers are missing among theirs and those of their other siblings.
     """
-    nodes, numbers = [*family.members.values()], [*family.members]
+    numbers = [*family.members]
     steps = {two - one for one, two in itertools.pairwise(numbers)}
     rules: list[Rule] = []
     if numbers[0] <= 1 and steps <= {1}:
         rules.append(numbered())
     elif not has_holes or len(steps) == 1:
-        # Modules without parameters have numbers, too, like activations in a Sequential. Where
-        # steps are uneven a layer is missing, and those around it are no neighbours.
-        rules.append(_one_after_another(nodes))
-    stems = (family.pattern, family.narrow_pattern)
-    return Doubt(_leaves_of(nodes), stems, why, tuple(rules), grave)
+        # Activations have numbers in a Sequential, and no parameters. Where steps are uneven, a
+        # layer is missing, and those around it are no neighbours.
+        rules.append(_one_after_another(family.members.values()))
+    return Doubt(tuple(family.leaves), family.patterns, why, tuple(rules), grave)
 
 
 def doubt_nested(family: Family, inner: Sequence[Family], why: str) -> Doubt:
     """A doubt of siblings that hold what may be the layers, one container after another."""
     containers = [re.sub(r"\\\*$", r"\\d+", re.escape(each.group)) for each in inner]
     rules = (numbered(), sequence(*containers))
-    stems = (family.pattern, family.narrow_pattern)
-    return Doubt(_leaves_of(family.members.values()), stems, why, rules)
+    return Doubt(tuple(family.leaves), family.patterns, why, rules)
 
 
 def doubt_stacks(family: Family, why: str, grave: bool) -> Doubt:
     """A doubt of siblings each of which may be a stack: in turn, or one after another."""
-    nodes = [*family.members.values()]
-    leaves = _leaves_of(nodes)
-    single = [] if any(spare_axes(leaves).values()) else [numbered()]
-    rules = (*single, *rules_of_parts(leaves, nodes))
-    stems = (family.pattern, family.narrow_pattern)
-    return Doubt(_norms_first(leaves), stems, why, rules, grave)
+    # A norm with a second axis tells that each sibling is a stack. Adapters of heads have none.
+    single = [] if any(spare_axes(family.leaves).values()) else [numbered()]
+    rules = (*single, *rules_of_parts(family.leaves, family.members.values()))
+    return Doubt(_norms_first(family.leaves), family.patterns, why, rules, grave)
 
 
 def doubt_stack(
@@ -229,7 +226,8 @@ def doubt_stack(
     start = len(node.path) + 1 if node.level else 0
     keys = [re.escape(part.path[start:]) for part in nodes]
     stems = f"{above}.*", f"{above}(?:{'|'.join(keys)})(?:/.*)?"
-    return Doubt(_norms_first(_leaves_of(nodes)), stems, why, tuple(rules), grave)
+    leaves = [leaf for part in nodes for leaf in part.leaves]
+    return Doubt(_norms_first(leaves), stems, why, tuple(rules), grave)
 
 
 def rules_of_stack(leaves: Sequence[Known]) -> list[Rule]:
@@ -242,7 +240,7 @@ def rules_of_turns(leaves: Sequence[Known]) -> list[Rule]:
     return [Rule(axes, numbered=True) for axes in orders_of_axes(leaves)]
 
 
-def rules_of_parts(leaves: Sequence[Known], parts: Sequence[Node]) -> list[Rule]:
+def rules_of_parts(leaves: Sequence[Known], parts: Collection[Node]) -> list[Rule]:
     """The rules of stacks that take turns, follow one another, or are parts of one block."""
     return [
         rule
@@ -256,24 +254,17 @@ def orders_of_axes(leaves: Sequence[Known]) -> list[Axes]:
 
     As many of them as norms have more than one; all leaves have one size along each.
     """
+    # nn.remat_scan and pipelines have two axes or more.
     count = max(1, min(spare_axes(leaves).values(), default=1))
-    named = [
-        tuple(sorted(leaf.layer_axes, key=lambda axis: nesting_of(leaf.names[axis]) or 0))
-        for leaf in leaves
-        if leaf.layer_axes
-    ]
+    named = [leaf.nested_axes for leaf in leaves if leaf.layer_axes]
     orders = list(itertools.permutations(common_axes(leaves), count))
     return list(dict.fromkeys([*(axes for axes in named if axes in orders), *orders]))
 
 
-def _one_after_another(nodes: Sequence[Node], axes: Axes = ()) -> Rule:
+def _one_after_another(nodes: Iterable[Node], axes: Axes = ()) -> Rule:
     """The rule for containers that follow one another, each with one layer or a stack of them."""
     paths = [re.escape(node.path) for node in nodes]
     return sequence(*((path, axes) for path in paths)) if axes else sequence(*paths)
-
-
-def _leaves_of(nodes: Iterable[Node]) -> tuple[Known, ...]:
-    return tuple(leaf for node in nodes for leaf in node.leaves)
 
 
 def _norms_first(leaves: Sequence[Known]) -> tuple[Known, ...]:

@@ -9,7 +9,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from depthsmooth.depth.leaves import Shape
+from depthsmooth.depth.leaves import Place, Shape
 from depthsmooth.depth.names.nodes import (
     Known,
     Node,
@@ -18,7 +18,7 @@ from depthsmooth.depth.names.nodes import (
     differ_in_experts,
     share_half,
 )
-from depthsmooth.depth.names.words import FLAT, are_beside, is_layer_name, words_of
+from depthsmooth.depth.names.words import BESIDE, FLAT, has_word, is_layer_name, words_of
 from depthsmooth.depth.paths import numbered_key
 
 
@@ -47,22 +47,22 @@ class Family:
         return next(iter(self.members.values()))
 
     @property
-    def pattern(self) -> str:
-        """The pattern of a rule for the family."""
-        key = self.first.key
-        stem = re.escape(self.first.path.removesuffix(key) + numbered_key(key)[0])
-        return stem + (r"[-_]?(\d*)" if key != "0" else r"(\d+)") + self._rest
+    def leaves(self) -> list[Known]:
+        """The leaves of all the siblings."""
+        return [leaf for node in self.members.values() for leaf in node.leaves]
 
     @property
-    def narrow_pattern(self) -> str:
-        """The pattern of a rule for these siblings alone: it lists their numbers."""
-        stem = numbered_key(self.first.key)[0]
+    def patterns(self) -> tuple[str, str]:
+        """The pattern of a rule for the family, and one for these siblings alone, by number."""
+        key = self.first.key
+        stem = numbered_key(key)[0]
+        above = re.escape(self.first.path.removesuffix(key) + stem)
         ends = [node.key.removeprefix(stem) for node in self.members.values()]
         signs = {end.rstrip("0123456789") for end in ends}
         sign = signs.pop() if len(signs) == 1 else "[-_]?"
         numbers = "|".join(end.lstrip("-_") for end in ends)
-        above = re.escape(self.first.path.removesuffix(self.first.key) + stem)
-        return f"{above}{sign}({numbers}){self._rest}"
+        number = r"[-_]?(\d*)" if key != "0" else r"(\d+)"
+        return f"{above}{number}{self._rest}", f"{above}{sign}({numbers}){self._rest}"
 
     @property
     def _rest(self) -> str:
@@ -71,8 +71,7 @@ class Family:
         ends = {re.escape(leaf[len(node) : len(node) + 1]) for node, leaf in pairs}
         signs = sorted(ends - {""})
         sign = f"(?:{'|'.join(signs)})" if len(signs) > 1 else "".join(signs)
-        are_bare = "" in ends
-        return f"(?:{sign}.*)?" if sign and are_bare else f"{sign}.*" if sign else ""
+        return f"(?:{sign}.*)?" if sign and "" in ends else f"{sign}.*" if sign else ""
 
     @functools.cached_property
     def kinds(self) -> list[Family]:
@@ -117,6 +116,7 @@ class Family:
     @property
     def container(self) -> list[str]:
         """The key of what holds them, as a list; empty at the root."""
+        # The items of a list share the list's key: what holds experts/layers/0 is named experts.
         keys = self.first.leaves[0].keys[: self.parent.level]
         return keys[:-1][-1:] if self.is_list else keys[-1:]
 
@@ -128,6 +128,8 @@ class Family:
     @property
     def repeats(self) -> bool:
         """Whether two siblings have a matrix alike: vectors are of one size in all of them."""
+        # LayerNorm_0 and LayerNorm_1 of a perceptron are of one size, and so are the statistics of
+        # a BatchNorm.
         matrices = collections.Counter(
             (node.inside(leaf), leaf.shape)
             for node in self.members.values()
@@ -155,8 +157,7 @@ class Family:
     def is_regular(self) -> bool:
         """Whether its kinds follow one another, or take turns that repeat.
 
-        A U-Net has blocks of each width on its way down, and on its way up again: those of one
-        kind are no neighbours. What is alone of its kind may come before and after the layers.
+        What is alone of its kind may come before and after the layers.
 
         Example:
           >>> def family(*sizes):
@@ -165,6 +166,8 @@ class Family:
           >>> [family(*sizes).is_regular for sizes in ((1, 1, 2), (1, 2, 1, 2), (1, 2, 2, 1))]
           [True, True, False]
         """
+        # A U-Net has blocks of each width on its way down, and again on its way up. Those of one
+        # kind are no neighbours. Nor are they in Nemotron-H, whose kinds follow no pattern.
         kind_of = {n: k for k, kind in enumerate(self.kinds) for n in kind.members}
         return _are_regular([kind_of[number] for number in self.members])
 
@@ -181,22 +184,17 @@ class Family:
 
     @property
     def is_even(self) -> bool:
-        """Whether tensors have one shape in all siblings, or other shapes in turn.
-
-        One sibling that is unlike all others is another part of a network: the first unit of a
-        stage of a ResNet takes in fewer channels.
-        """
+        """Whether tensors have one shape in all siblings, or other shapes in turn."""
         sizes = [len(family.members) for family in self.alike]
         set_of = {n: k for k, family in enumerate(self.alike) for n in family.members}
+        # The first unit of a stage of a ResNet takes in fewer channels than all others.
         is_odd = len(sizes) == 2 and min(sizes) == 1 < max(sizes)
         return not is_odd and _are_regular([set_of[number] for number in self.members])
 
     @property
     def is_pyramid(self) -> bool:
-        """Whether some siblings have the tensors of others, but all of their matrices in sizes.
-
-        As the stages of a convolutional network do, each of another width, or a feature encoder.
-        """
+        """Whether some siblings have the tensors of others, but all of their matrices in sizes."""
+        # The stages of a convolutional network have other widths, from blocks_0 to the last.
         for one, two in itertools.combinations([kind.first for kind in self.kinds], 2):
             ours, theirs = ({name for name, _ in node.matrices} for node in (one, two))
             if 2 * len(ours & theirs) > min(len(ours), len(theirs)) and not (
@@ -223,20 +221,29 @@ class Family:
         name = member.inside(leaf)
         return name if len(set(self.tensors[name].values())) == 1 else f"{name} {leaf.shape}"
 
+    def places(self, ordered: Iterable[Node], found_by: str) -> dict[str, Place]:
+        """The place of each leaf if these siblings, in this order, are one layer each."""
+        return {
+            leaf.path: Place(self.group, self.tensor(node, leaf), (), (layer,), found_by)
+            for layer, node in enumerate(ordered)
+            for leaf in node.leaves
+        }
+
     @property
     def has_holes(self) -> bool:
         """Whether a number is missing among theirs, or before them."""
+        # An adapter may be in the upper layers alone. Layers may begin with 1.
         first, *_, last = [*self.members, *self.members]
         return first > 1 or len(self.members) != last - first + 1
 
     @property
-    def stacked(self) -> str:
+    def why_stacks(self) -> str:
         """Why each of them may be a stack of layers itself, if so."""
-        nodes = self.members.values()
-        leaves = [leaf for node in nodes for leaf in node.leaves]
-        if any(leaf.layer_axes or (leaf.is_norm and leaf.is_wide) for leaf in leaves):
+        if any(leaf.layer_axes or (leaf.is_norm and leaf.is_wide) for leaf in self.leaves):
             return "each of them is a stack: they may alternate, or follow one another"
-        ranks = {len(leaf.shape) for leaf in leaves}
+        # The convolutions of wav2vec 2.0 have more axes than a matrix, but their norms have one.
+        ranks = {len(leaf.shape) for leaf in self.leaves}
+        nodes = self.members.values()
         # Adapters of rank r, of shapes (width, r) and (r, heads, size), have no axis in common.
         if min(ranks) > 1 and max(ranks) > 2 and any(common_axes(node.leaves) for node in nodes):
             return "each of them may be a stack: no tensor of theirs has one axis"
@@ -245,6 +252,7 @@ class Family:
     @property
     def misfit(self) -> str:
         """Why their numbers are not those of layers, if they are not."""
+        # The first block of Haiku has no number, and may have an input projection as well.
         unnumbered, number = numbered_key(self.first.key)
         is_like = number is not None or self.first.tensors == self.members[1].tensors
         if self.has_holes:
@@ -256,6 +264,7 @@ class Family:
 
 def _are_regular(kinds: Sequence[int]) -> bool:
     """Whether each kind is one run of siblings, or the kinds take turns that repeat."""
+    # Griffin has two recurrences and an attention in turn. Others have one kind after the other.
     counts = collections.Counter(kinds)
     repeated = [at for at, kind in enumerate(kinds) if counts[kind] > 1]
     if not repeated:
@@ -309,15 +318,17 @@ def families_of(node: Node) -> list[Family]:
             numbers.setdefault(stem, {}).setdefault(number, []).append(child)
     families = []
     for stem, found in numbers.items():
+        # block_1 and block_01 are no siblings in an order.
         if any(len(twins) > 1 for twins in found.values()):
             continue
         members = {number: twins[0] for number, twins in sorted(found.items())}
-        starred = re.sub(r"\d+$", "*", next(iter(members.values())).path)
+        group = re.sub(r"\d+$", "*", next(iter(members.values())).path)
+        # Haiku and Keras give the first of one name no number.
         if min(members) == 1 and stem in node.children:
             first = node.children[stem]
             if are_of_one_kind(first, members[1]):
                 members = {0: first} | members
-        families.append(Family(node, starred, members))
+        families.append(Family(node, group, members))
     return families
 
 
@@ -337,19 +348,19 @@ def besides_layers(
     return [child for child in node.children.values() if child.path not in layers]
 
 
-def blocks_within(family: Family) -> list[Family]:
-    """Families within the siblings that look like layers themselves: blocks that are copies.
-
-    The experts of a layer, its heads, its adapters and its branches are side by side.
-    """
-    found, nodes = [], list(family.members.values())
+def blocks_within(nodes: Iterable[Node]) -> list[Family]:
+    """Families within nodes that look like layers themselves: blocks that are copies."""
+    # Stages of one width hold blocks. The experts, heads, adapters and branches of a layer are side
+    # by side. The layers of a perceptron are no blocks, those of T5's blocks are not alike, and the
+    # two attentions of a decoder's block in Flax are not named after layers.
+    found, nodes = [], [*nodes]
     while nodes:
         node = nodes.pop()
         found += [
             inner
             for inner in families_of(node)
-            if (inner.is_list or is_layer_name(inner.name) or "transformer" in words_of(inner.name))
-            and not are_beside([inner.name])
+            if (inner.is_list or is_layer_name(inner.name))
+            and not has_word(BESIDE, inner.name)
             and len(inner.members) > 1
             and inner.is_uniform
             and not inner.uneven
@@ -361,30 +372,29 @@ def blocks_within(family: Family) -> list[Family]:
 
 def holds_layers(node: Node) -> bool:
     """Whether a node, though named like a layer, holds more than two copies of a block."""
-    alone = Family(node, node.path, {0: node})
-    return any(len(inner.members) > 2 for inner in blocks_within(alone))
+    # Two copies may be the two attentions of a decoder's layer.
+    return any(len(inner.members) > 2 for inner in blocks_within([node]))
 
 
 def are_block_parts(families: Sequence[Family]) -> bool:
-    """Whether all the families of a node are the parts of its blocks, each numbered alike.
-
-    As with Haiku, where a loop over attention and MLP names them attn, attn_1, … and mlp,
-    mlp_1, …: without containers for the blocks.
-    """
-    blocks = [family for family in families if next(iter(family.members.values())).is_block]
+    """Whether all the families of a node are the parts of its blocks, each numbered alike."""
+    # In Haiku a loop over attention and MLP names them attn, attn_1, mlp, mlp_1, without containers
+    # for the blocks. Two of each may be two streams.
+    blocks = [family for family in families if family.first.is_block]
     words = {word for family in blocks for word in words_of(family.name)}
     counts = {tuple(family.members) for family in families}
     return (
         len(counts) == 1
         and len(counts.pop()) > 2
-        and any(word.startswith(("attn", "attention")) for word in words)
-        and any(word.startswith(("mlp", "ff", "feed")) for word in words)
+        and not words.isdisjoint({"attn", "attention"})
+        and "mlp" in words
     )
 
 
 def are_flat(family: Family) -> bool:
     """Whether siblings are no layers, though named like them: for where, or for what, they are."""
+    # layers/0/_codebook of EnCodec's quantizer, fpn/layer_blocks/0 of Torchvision's detectors.
     matrices = [leaf for leaf in family.first.leaves if leaf.is_matrix]
     inside = [leaf.keys[family.first.level :] for leaf in matrices]
-    flat = [any(FLAT & {*words_of(key)} for key in keys) for keys in (family.container, *inside)]
+    flat = [has_word(FLAT, *keys) for keys in (family.container, *inside)]
     return flat[0] or (len(flat) > 1 and all(flat[1:]))

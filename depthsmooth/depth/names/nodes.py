@@ -7,9 +7,9 @@ import functools
 import re
 from collections.abc import Iterable
 
-from depthsmooth.depth.leaves import Shape
-from depthsmooth.depth.names.words import EXPERTS, VECTORS, is_norm_word, nesting_of, words_of
-from depthsmooth.depth.paths import numbered_key
+from depthsmooth.depth.leaves import Axes, Shape
+from depthsmooth.depth.names import words
+from depthsmooth.depth.paths import numbered_key, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,9 @@ class Known:
     multiplies: bool = False
     in_pieces: bool = False
 
+    def __str__(self) -> str:
+        return shown(self.path, self.shape)
+
     @functools.cached_property
     def keys(self) -> list[str]:
         """The keys of its path, where a number in a key ends one: see :func:`ends_of_keys`."""
@@ -46,30 +49,38 @@ class Known:
     @functools.cached_property
     def layer_axes(self) -> list[int]:
         """The axes that are named after layers."""
-        return [axis for axis, name in enumerate(self.names) if nesting_of(name) is not None]
+        return [axis for axis, name in enumerate(self.names) if words.nesting_of(name) is not None]
+
+    @property
+    def nested_axes(self) -> Axes:
+        """The same, outer to inner."""
+        return tuple(sorted(self.layer_axes, key=lambda k: words.nesting_of(self.names[k]) or 0))
 
     @functools.cached_property
     def is_norm(self) -> bool:
         """Whether it is a vector of a normalisation: it has one axis in each layer."""
         *_, above, last = ["", *self.keys]
-        of_norm = any(map(is_norm_word, words_of(above)))
-        # Of two in a block: ln1 and ln2.
-        is_named = is_norm_word(numbered_key(last)[0])
-        return last == "scale" or is_named or (of_norm and last in VECTORS)
+        # LayerNorm_0/bias of Flax, input_layernorm/w of tunix.
+        of_norm = any(map(words.is_norm_word, words.words_of(above)))
+        # ln of the Scaling Book is an array, and so may ln1 and ln2 be.
+        is_named = words.is_norm_word(numbered_key(last)[0])
+        return last == "scale" or is_named or (of_norm and last in words.NORM_VECTORS)
 
     @property
     def is_wide(self) -> bool:
-        """Whether it has more than one axis: BiT's scales are of shape (1, 1, 1, width)."""
+        """Whether it has more than one axis, but for those of size 1."""
+        # The scales of BiT are of shape (1, 1, 1, width).
         return sum(size != 1 for size in self.shape) > 1
 
     @property
-    def is_factor(self) -> bool:
-        """Whether it is one of the two factors of LoRA: Gemma's lora_a, PEFT's lora_A/default."""
-        return _FACTOR.search(self.path) is not None
+    def is_lora(self) -> bool:
+        """Whether it is one of the two factors of LoRA."""
+        return _LORA.search(self.path) is not None
 
     @property
     def is_vector(self) -> bool:
         """Whether it is a vector in each layer, unless a bias of several heads."""
+        # Flax and Equinox have a bias, Haiku has b.
         return self.is_norm or self.keys[-1] in ("b", "bias")
 
     @property
@@ -86,7 +97,8 @@ def spare_axes(leaves: Iterable[Known]) -> dict[str, int]:
       >>> spare_axes(Known(path, shape) for path, shape in shapes.items())
       {'ln': 1, 'norm/scale': 0, 'gn/scale': 0}
     """
-    # BiT's scales have axes of size 1 for the dimensions of an image; a stack may have one layer.
+    # A scale of shape (1, width) is a stack of one layer, as in big_vision's ViT of depth 1. One of
+    # shape (1, 1, 1, width) is a single one of BiT.
     return {
         leaf.path: len(leaf.shape) - 1 if leaf.is_wide or len(leaf.shape) == 2 else 0
         for leaf in leaves
@@ -94,27 +106,29 @@ def spare_axes(leaves: Iterable[Known]) -> dict[str, int]:
     }
 
 
-_FACTOR = re.compile(r"(?i)lora[_/]?[ab](?=[_/.]|$)")
+# lora_a of nnx.LoRA and openpi, lora_A.default and lora_A/default of PEFT.
+_LORA = re.compile(r"(?i)lora_[ab](?=[_/.]|$)")
 
 
-def factor_pairs(leaves: Iterable[Known]) -> list[list[Known]]:
+def lora_pairs(leaves: Iterable[Known]) -> list[list[Known]]:
     """The two factors of each adapter, as far as both are there.
 
     Example:
       >>> shapes = {"q/lora_a": (8, 2), "q/lora_b": (2, 8), "v/lora_a": (8, 2)}
-      >>> pairs = factor_pairs(Known(path, shape) for path, shape in shapes.items())
+      >>> pairs = lora_pairs(Known(path, shape) for path, shape in shapes.items())
       >>> [[leaf.path for leaf in pair] for pair in pairs]
       [['q/lora_a', 'q/lora_b']]
     """
     pairs: dict[str, list[Known]] = {}
     for leaf in leaves:
-        if leaf.is_factor:
-            pairs.setdefault(_FACTOR.sub("*", leaf.path), []).append(leaf)
+        if leaf.is_lora:
+            pairs.setdefault(_LORA.sub("*", leaf.path), []).append(leaf)
     return [pair for pair in pairs.values() if len(pair) == 2]
 
 
-_IN_THE_MIDDLE = re.compile(r"(?<=[A-Za-z])[-_]?\d+(?=[-_][A-Za-z~])")
-"""A number in a key, and more words behind it."""
+# processor_0_mlp of GraphCast, transformer_layer_0_attention.
+_IN_THE_MIDDLE = re.compile(r"(?<=[A-Za-z])[-_]?\d+(?=_[A-Za-z])")
+"""A number in a key, between its words."""
 
 
 def ends_of_keys(path: str) -> tuple[int, ...]:
@@ -130,6 +144,7 @@ def ends_of_keys(path: str) -> tuple[int, ...]:
     """
     ends, start = [], 0
     for key in path.split("/"):
+        # Only a number tells such a key: embeddings.word_embeddings.weight of BERT stays whole.
         parts = key.split(".") if re.search(r"(^|\.)\d+(\.|$)", key) else [key]
         for part in parts:
             ends += [start + match.end() for match in _IN_THE_MIDDLE.finditer(part)]
@@ -178,26 +193,37 @@ class Node:
         """Whether it is a leaf, and no container."""
         return all(leaf.path == self.path for leaf in self.leaves)
 
+    @property
+    def fork(self) -> Node:
+        """The first node from here on that has more than one child, or none."""
+        node = self
+        while len(node.children) == 1 and not node.is_leaf:
+            [node] = node.children.values()
+        return node
+
     @functools.cached_property
     def tensors(self) -> frozenset[tuple[str, Shape]]:
-        """Name and shape of each of its tensors; those of a list in it, like experts, are one."""
-        return frozenset((self._name(leaf), leaf.shape) for leaf in self.leaves)
+        """Name and shape of each of its tensors. Those of a list in it, like experts, are one."""
+        return frozenset((self._starred_path(leaf), leaf.shape) for leaf in self.leaves)
 
     @functools.cached_property
     def matrices(self) -> frozenset[tuple[str, Shape]]:
         """The matrices among its tensors that tell its kind: whole ones, if there are any."""
         matrices = [leaf for leaf in self.leaves if leaf.is_matrix]
+        # One layer may take its heads from an array, piece by piece, where another has a matrix.
         whole = [leaf for leaf in matrices if not leaf.in_pieces]
-        return frozenset((self._name(leaf), leaf.shape) for leaf in whole or matrices)
+        return frozenset((self._starred_path(leaf), leaf.shape) for leaf in whole or matrices)
 
-    def _name(self, leaf: Known) -> str:
+    def _starred_path(self, leaf: Known) -> str:
         """The path of a leaf from here on, with ``*`` for the number of an item of a list."""
+        # DeepSeek has hundreds of experts in a list, beside an attention of a few matrices.
         keys = leaf.keys[self.level :]
         return "/".join("*" if key.isdecimal() else key for key in keys)
 
     @property
     def is_block(self) -> bool:
         """Whether it has what a block has: two matrices, or two modules, or more."""
+        # Dense_0 of a perceptron has one matrix and no module. A block may be a Dense and a norm.
         matrices = sum(leaf.is_matrix for leaf in self.leaves)
         modules = sum(not child.is_leaf for child in self.children.values())
         return matrices > 1 or modules > 1
@@ -220,14 +246,19 @@ def are_of_one_kind(one: Node, two: Node) -> bool:
       >>> are_of_one_kind(node(q=(4, 4), o=(4, 4), up=(4, 9)), node(q=(4, 4), o=(4, 4), e=(3, 4)))
       True
     """
+    # A norm and a Dense in one list share a bias.
     if bool(one.matrices) != bool(two.matrices):
         return False
     if differ_in_experts(one, two):
         return True
     shared = len(one.matrices & two.matrices)
     fewer, more = sorted((len(one.matrices), len(two.matrices)))
+    # The norms and biases of a network's stream of data are alike in all of its modules.
     are_most = 2 * len(one.tensors & two.tensors) > min(len(one.tensors), len(two.tensors))
+    # Half of the matrices is enough if that are two. An attention and an MLP may share one, their
+    # output projection. Recurrence and attention of Griffin share an MLP, but less than half.
     is_enough = are_most if 2 * shared > fewer or not more else shared > 1
+    # A head behind the blocks in one list may be a matrix that each of them has, too.
     return 2 * shared >= fewer and is_enough and (4 * shared > more or not more)
 
 
@@ -254,8 +285,9 @@ def differ_in_experts(one: Node, two: Node) -> bool:
       >>> differ_in_experts(Node("", (attention, *mlp)), Node("", (attention, *experts)))
       True
     """
+    # DeepSeek's first layers have an MLP, the others experts; Llama 4 has experts in every other.
     beside = [
-        frozenset(of for of in node.matrices if not EXPERTS & {*words_of(of[0])})
+        frozenset(of for of in node.matrices if not words.has_word(words.EXPERTS, of[0]))
         for node in (one, two)
     ]
     has_experts = [len(own) < len(of.matrices) for own, of in zip(beside, (one, two), strict=True)]
@@ -271,6 +303,7 @@ def common_axes(leaves: Iterable[Known]) -> list[int]:
       [0, -1]
     """
     shapes = [leaf.shape for leaf in leaves]
+    # nn.scan may put layers on the axis -1: (width, layers) beside (in, out, layers).
     ranks = {len(shape) for shape in shapes}
     last = [-1] if len(ranks) > 1 and min(ranks) > 0 else []
     axes = [*range(min(ranks)), *last]

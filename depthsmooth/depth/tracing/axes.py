@@ -118,12 +118,12 @@ def cut(
     return tuple(dimensions), tuple(begins)
 
 
-Rule = Callable[[Dimensions, Shape, Shape, Mapping[str, Any], int], Dimensions]
+_AxisRule = Callable[[Dimensions, Shape, Shape, Mapping[str, Any], int], Dimensions]
 """From an operand's dimensions and shape, the result's shape, the primitive's parameters and the
 operand's position to the result's dimensions."""
 
 
-def follow(
+def propagate(
     primitive: str,
     axes: Dimensions,
     before: Shape,
@@ -132,7 +132,7 @@ def follow(
     position: int = 0,
 ) -> Dimensions:
     """What the dimensions of a primitive's result run along, by way of one operand."""
-    rule: Rule = _RULES.get(primitive, _lost)
+    rule: _AxisRule = _RULES.get(primitive, _lost)
     moved = rule(axes, before, result, params, position)
     return moved if len(moved) == len(result) else _lost(axes, before, result, params, position)
 
@@ -198,8 +198,9 @@ def _reshape(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int
     return tuple(dimensions)
 
 
-def _squeeze(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int) -> Dimensions:
-    gone = {dimension % len(before) for dimension in params["dimensions"]}
+def _drop(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int) -> Dimensions:
+    dropped = params["dimensions"] if "dimensions" in params else params["axes"]
+    gone = {dimension % len(before) for dimension in dropped}
     return tuple(axis for at, axis in enumerate(axes) if at not in gone)
 
 
@@ -208,26 +209,18 @@ def _reverse(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int
     return tuple(backwards(axis) if at in flipped else axis for at, axis in enumerate(axes))
 
 
-def _concatenate(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int) -> Dimensions:
-    at = params["dimension"]
+def _lose_one(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int) -> Dimensions:
+    at = params["dimension"] if "dimension" in params else params["axis"]
     return (*axes[:at], UNKNOWN, *axes[at + 1 :])
 
 
-def _stack(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int) -> Dimensions:
+def _insert(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int) -> Dimensions:
     at = params["axis"] % len(result)
     return (*axes[:at], UNKNOWN, *axes[at:])
 
 
 def _pad(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int) -> Dimensions:
-    return _elementwise(axes, before, result, params, k) if k == 0 else (UNKNOWN,) * len(result)
-
-
-def _reduce(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int) -> Dimensions:
-    return tuple(axis for at, axis in enumerate(axes) if at not in params["axes"])
-
-
-def _cumulate(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int) -> Dimensions:
-    return tuple(UNKNOWN if at == params["axis"] else axis for at, axis in enumerate(axes))
+    return (_lost if k else _elementwise)(axes, before, result, params, k)
 
 
 def _contract(axes: Dimensions, before: Shape, result: Shape, params: Any, k: int) -> Dimensions:
@@ -245,18 +238,17 @@ _ELEMENTWISE = [
     *("pcast", "pow", "pvary", "reduce_precision", "rem", "reshard", "round", "rsqrt", "select_n"),
     *("sharding_constraint", "sign", "sin", "sqrt", "square", "sub", "tanh"),
 ]
-_RULES: dict[str, Rule] = {
+_RULES: dict[str, _AxisRule] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
-    **dict.fromkeys(["cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"], _cumulate),
-    **dict.fromkeys(["reduce_max", "reduce_min", "reduce_prod", "reduce_sum"], _reduce),
+    **dict.fromkeys(["cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"], _lose_one),
+    **dict.fromkeys(["reduce_max", "reduce_min", "reduce_prod", "reduce_sum", "squeeze"], _drop),
     "broadcast_in_dim": _broadcast,
-    "concatenate": _concatenate,
+    "concatenate": _lose_one,
     "dot_general": _contract,
     "expand_dims": _reshape,
     "pad": _pad,
     "reshape": _reshape,
     "rev": _reverse,
-    "squeeze": _squeeze,
-    "stack": _stack,
+    "stack": _insert,
     "transpose": _transpose,
 }

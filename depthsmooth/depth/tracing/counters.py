@@ -28,7 +28,7 @@ class Number(NamedTuple):
     loop: Loop = ()
 
     @property
-    def is_array(self) -> bool:
+    def in_array(self) -> bool:
         """Whether they are the elements of an array."""
         return self.step != 0 and not self.loop
 
@@ -67,7 +67,7 @@ class Number(NamedTuple):
         return Number(int(is_below.pop())) if len(is_below) == 1 else None
 
 
-def follow(
+def fold(
     primitive: str,
     numbers: Sequence[Number | None],
     before: Sequence[Shape],
@@ -84,7 +84,7 @@ def follow(
       params: its parameters.
 
     Example:
-      >>> follow("add", [Number(0, 1, 6, (7,)), Number(3)], [(), ()], (), {})
+      >>> fold("add", [Number(0, 1, 6, (7,)), Number(3)], [(), ()], (), {})
       Number(start=3, step=1, length=6, loop=(7,))
     """
     if primitive == "iota":
@@ -94,7 +94,7 @@ def follow(
         return cases[which.start] if which is not None and which.step == 0 else None
     known = [number for number in numbers if number is not None]
     kept = zip(known, before, strict=False)
-    if len(known) < len(numbers) or any(n.is_array and shape != result for n, shape in kept):
+    if len(known) < len(numbers) or any(n.in_array and shape != result for n, shape in kept):
         return None
     match primitive, known:
         case "broadcast_in_dim" | "convert_element_type" | "copy" | "reshape" | "squeeze", [one]:
@@ -102,7 +102,7 @@ def follow(
         case "neg", [one]:
             return one.times(-1)
         case "rev", [one]:
-            return one.reverse() if one.is_array else one
+            return one.reverse() if one.in_array else one
         case "add", [one, two]:
             return one.plus(two)
         case "sub", [one, two]:

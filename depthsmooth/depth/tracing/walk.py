@@ -10,7 +10,9 @@ experts and chunks of a vocabulary only add up.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,8 +29,8 @@ from depthsmooth.depth.tracing.axes import (
     Origin,
     backwards,
     cut,
-    follow,
     own,
+    propagate,
 )
 from depthsmooth.depth.tracing.counters import Loop, Number
 
@@ -60,7 +62,7 @@ class Join(NamedTuple):
     own: Dimension
 
 
-class Chain(NamedTuple):
+class Slices(NamedTuple):
     """Slices of a parameter that loops take, and slices of these.
 
     Attributes:
@@ -77,6 +79,8 @@ class Chain(NamedTuple):
 Piece = tuple[int, tuple[tuple[int, int, int], ...]]
 """A parameter, and the ranges along its axes, from one place to before another, it is cut to."""
 
+# What JAX has for products with a matrix: convolutions, einsum, the products of MoE by groups
+# (ragged), and those of MXFP8 (scaled).
 _CONTRACTIONS = frozenset(
     {"conv_general_dilated", "dot_general", "ragged_dot", "ragged_dot_general", "scaled_matmul"}
 )
@@ -170,13 +174,13 @@ class Walk:
     """
 
     def __init__(self) -> None:
-        self.taken: dict[int, dict[Chain, None]] = {}
+        self.taken: dict[int, dict[Slices, None]] = {}
         self.layer_loops: set[Loop] = set()
         self.composing: set[tuple[int, Loop]] = set()
         self.summed: dict[int, int] = {}
         self.first_met: dict[Piece, int] = {}
         self.bits: dict[Piece, int] = {}
-        self._callers: Loop = ()
+        self._site: Loop = ()
 
     def function(self, jaxpr: core.Jaxpr, parameters: int) -> None:
         """Walks a function whose first inputs are the parameters."""
@@ -207,23 +211,24 @@ class Walk:
 
     def _equation(self, equation: core.JaxprEqn, values: list[_Value]) -> list[_Value]:
         name = equation.primitive.name
+        outer, self._site = self._site, (*self._site, id(equation))
         if name == "scan":
-            follow = self._scan
+            results = self._scan(equation, values)
         elif name == "while":
-            follow = self._while
+            results = self._while(equation, values)
         elif name == "cond":
-            follow = self._cond
-        elif name != "pallas_call" and _callee(equation) is not None:
-            follow = self._call
+            results = self._cond(equation, values)
+        # The jaxpr of a Pallas kernel reads from references, which are no arrays.
+        elif name != "pallas_call" and (callee := _callee(equation)) is not None:
+            results = self._jaxpr(callee, values)
         else:
-            return self._primitive(equation, values)
-        callers, self._callers = self._callers, (*self._callers, id(equation))
-        results = follow(equation, values)
-        self._callers = callers
+            results = self._primitive(equation, values)
+        self._site = outer
         return results
 
     def _primitive(self, equation: core.JaxprEqn, values: list[_Value]) -> list[_Value]:
         name = equation.primitive.name
+        # Each result of a barrier is one of its operands. Experts may be behind one.
         if name == "optimization_barrier":
             return list(values)
         are_indices = name in ("dynamic_slice", "gather") and values[0].parts
@@ -231,9 +236,9 @@ class Walk:
             return [self._take(equation, values)]
         if not any(value.sources for value in values):
             if any(value.parts for value in values):
-                return _moved(equation, values, self._callers)
-            number = _number(equation, values)
-            return [_Value(met=_met(values), number=number)] * len(equation.outvars)
+                return _moved(equation, values, self._site)
+            met, number = union(value.met for value in values), _number(equation, values)
+            return [_Value(met=met, number=number)] * len(equation.outvars)
         composed: frozenset[_Source] = frozenset()
         weights: list[frozenset[_Part]] = [frozenset()] * len(equation.outvars)
         if name in _CONTRACTIONS:
@@ -241,9 +246,9 @@ class Walk:
             self._use(values)
             summed = self._sum_of(values)
         else:
-            weights = _weights(equation, values, self._callers)
+            weights = _weights(equation, values, self._site)
             products = self._element_by_element(name, values)
-            summed = _summed(values)
+            summed = union(value.summed for value in values)
         sources = frozenset().union(composed, *(value.sources for value in values))
         met = self._meet_all(values, frozenset().union(*weights))
         results = []
@@ -259,21 +264,18 @@ class Walk:
         """What a contraction is made of: the weights in it, and notes what these are applied to."""
         weights = [tuple(self._weights_in(value)) for value in values]
         for k, parts in enumerate(weights):
+            others = union(value.summed for value in (*values[:k], *values[k + 1 :]))
             for part in parts:
-                self.summed.setdefault(part.leaf, _summed([*values[:k], *values[k + 1 :]]))
-        made = 0
-        for part in itertools.chain(*weights):
-            made |= self._bit((part.leaf, part.ranges))
-        return made or _summed(values)
+                self.summed.setdefault(part.leaf, others)
+        made = union(self._bit((part.leaf, part.ranges)) for part in itertools.chain(*weights))
+        return made or union(value.summed for value in values)
 
     def _weights_in(self, value: _Value) -> Iterable[_Part]:
         """The parameters of a weight; none of activations that one has multiplied."""
         if not (value.parts and value.sources):
             return value.parts
-        others = value.met
-        for part in value.parts:
-            others &= ~self.bits.get((part.leaf, part.ranges), 0)
-        return () if others else value.parts
+        own = union(self.bits.get((part.leaf, part.ranges), 0) for part in value.parts)
+        return () if value.met & ~own else value.parts
 
     def _element_by_element(
         self, name: str, values: Sequence[_Value]
@@ -289,6 +291,8 @@ class Walk:
         carried = [value for value in values if any(s.loop in loops for s in value.sources)]
         if all(value.products == products for value in carried):
             return products
+        # A gate multiplies what inner layers have made: sigmoid(x @ gate) * inner(x). A softmax of
+        # it, or a sum with a constant, is a gate as well. A residual connection is a use.
         if name != "mul":
             self._use(values)
         return frozenset()
@@ -310,17 +314,20 @@ class Walk:
         """
         composed, products = set(), set()
         for k, (atom, value) in enumerate(zip(equation.invars, values, strict=True)):
+            # A loop over time takes an embedded token, forward substitution takes a row.
             if not value.parts or sum(size > 1 for size in _shape(atom)) < 2:
                 continue
             slicing = {
                 (loop, part.leaf)
                 for part in value.parts
                 for loop, along in part.taken
+                # Where time modulates one weight, its slices run along no axis of the weight.
                 if along or not value.sources
             }
             if not slicing:
                 continue
             loops = {loop for loop, _ in slicing}
+            # A table of positions is added to the carry, and the sum attends to itself.
             mine = {(source.loop, source.slot) for source in value.sources}
             slots = {
                 source
@@ -333,14 +340,14 @@ class Walk:
             composed |= {_Source(source.loop, source.slot, True) for source in slots}
         return frozenset(composed), frozenset(products)
 
-    def _join(self, values: Sequence[_Value]) -> _Value:
+    def _merge(self, values: Sequence[_Value]) -> _Value:
         """A value that depends on several; if on data, what it has met is noted."""
         sources = frozenset().union(*(value.sources for value in values))
         if not sources:
             parts = frozenset().union(*(value.parts for value in values))
-            return _Value(parts, met=_met(values))
+            return _Value(parts, met=union(value.met for value in values))
         met = self._meet_all(values, frozenset())
-        return _Value(sources=sources, met=met, summed=_summed(values))
+        return _Value(sources=sources, met=met, summed=union(value.summed for value in values))
 
     def _meet_all(self, values: Sequence[_Value], weights: frozenset[_Part]) -> int:
         """Notes what data meets in several values; gives all that has been met.
@@ -348,7 +355,7 @@ class Walk:
         What is still a weight, like a masked one, has not met the data proper, which other
         parameters have made something of.
         """
-        met = _met(values)
+        met = union(value.met for value in values)
         held = [{(part.leaf, part.ranges) for part in value.parts} for value in values]
         pieces = set().union(*held)
         if not pieces:
@@ -356,7 +363,8 @@ class Walk:
         kept = {part.leaf for part in weights}
         for piece in sorted(pieces):
             others = [value for value, own in zip(values, held, strict=True) if piece not in own]
-            behind = _met(others)
+            behind = union(value.met for value in others)
+            # A stack may be masked before its layers are indexed.
             if behind or piece[0] not in kept:
                 met |= self._meet(piece, behind)
         return met
@@ -371,47 +379,39 @@ class Walk:
         itself comes back to it: a mask has nothing behind it, and the gradient has all.
         """
         bit = self._bit(piece)
+        # A spectral norm multiplies the weight by a vector before data comes to it.
         if behind and self.first_met.get(piece) == 0 and not behind & bit:
             del self.first_met[piece]  # its place in the order is that of now
         self.first_met.setdefault(piece, behind)
         return bit
 
-    def _call(self, equation: core.JaxprEqn, values: list[_Value]) -> list[_Value]:
-        callee = _callee(equation)
-        assert callee is not None
-        return self._jaxpr(callee, values)
-
     def _cond(self, equation: core.JaxprEqn, values: list[_Value]) -> list[_Value]:
         predicate, *operands = values
         self._use(values)
         branches = [self._jaxpr(branch.jaxpr, operands) for branch in equation.params["branches"]]
-        return [self._join([predicate, *results]) for results in zip(*branches, strict=True)]
+        return [self._merge([predicate, *results]) for results in zip(*branches, strict=True)]
 
     def _scan(self, equation: core.JaxprEqn, values: list[_Value]) -> list[_Value]:
         body = equation.params["jaxpr"].jaxpr
         consts, carries = _scan_split(equation, body)
-        loop = self._callers
+        loop = self._site
         step, length = (-1 if equation.params["reverse"] else 1), equation.params["length"]
         sliced = [self._slice(value, loop, step) for value in values[consts + carries :]]
         carry, results = self._settle(
             body, values[:consts], values[consts : consts + carries], sliced, loop, length
         )
-        if any(_Source(loop, k, True) in value.sources for k, value in enumerate(carry)):
-            self.layer_loops.add(loop)
         stacked = [
-            _stack(value, loop, step, _shape(variable))
+            _collected(value, loop, step, _shape(variable))
             for value, variable in zip(results[carries:], body.outvars[carries:], strict=True)
         ]
         return [_outside(value, loop) for value in carry + stacked]
 
     def _while(self, equation: core.JaxprEqn, values: list[_Value]) -> list[_Value]:
         body = equation.params["body_jaxpr"].jaxpr
-        loop = self._callers
+        loop = self._site
         ours = values[equation.params["cond_nconsts"] :]
         consts = equation.params["body_nconsts"]
         carry, _ = self._settle(body, ours[:consts], ours[consts:], [], loop, None)
-        if any(_Source(loop, k, True) in value.sources for k, value in enumerate(carry)):
-            self.layer_loops.add(loop)
         return [_outside(value, loop) for value in carry]
 
     def _settle(
@@ -447,13 +447,16 @@ class Walk:
                 for slot, (value, result) in enumerate(zip(carry, results, strict=False))
             ]
             if grown == carry:
+                if any(_Source(loop, k, True) in of.sources for k, of in enumerate(carry)):
+                    self.layer_loops.add(loop)
                 return carry, results
             carry = grown
 
     def _carried(self, value: _Value, result: _Value, slot: _Source) -> _Value:
         """A carry as later iterations see it."""
         sources = value.sources | result.sources | {slot}
-        return _Value(sources=sources, met=_met([value, result]), summed=_summed([value, result]))
+        met, summed = value.met | result.met, value.summed | result.summed
+        return _Value(sources=sources, met=met, summed=summed)
 
     def _slice(self, value: _Value, loop: Loop, step: int) -> _Value:
         """What the body sees of a scanned operand: its leading dimension is taken."""
@@ -461,7 +464,7 @@ class Walk:
             self._taken(part, part.axes[0], part.axes[1:], loop, step) for part in value.parts
         )
         number = value.number
-        if number is not None and number.is_array:
+        if number is not None and number.in_array:
             number = number.by(loop, step < 0)
         return dataclasses.replace(value, parts=parts, number=number)
 
@@ -471,7 +474,7 @@ class Walk:
         """A part of which a loop takes one slice after another along a dimension."""
         along = backwards(dimension) if step < 0 else dimension
         taken = (*part.taken, (loop, along))
-        self.taken.setdefault(part.leaf, {}).setdefault(Chain(taken, part.origin, part.join))
+        self.taken.setdefault(part.leaf, {}).setdefault(Slices(taken, part.origin, part.join))
         return dataclasses.replace(part, axes=axes, taken=taken)
 
     def _take(self, equation: core.JaxprEqn, values: Sequence[_Value]) -> _Value:
@@ -500,15 +503,14 @@ class Walk:
             assert number is not None
             starts, stops = [0] * len(before), list(before)
             starts[axis], stops[axis] = range_
-            cut_part = _cut(part, before, starts, stops, (1,) * len(before))
-            if cut_part is None:
+            ours = _cut_part(part, before, starts, stops, (1,) * len(before))
+            if ours is None:
                 continue
-            part = cut_part
-            rest = list(part.axes)
+            rest = list(ours.axes)
             dimension, rest[axis] = rest[axis], UNKNOWN
             if len(after) < len(before):
                 del rest[axis]
-            parts.add(self._taken(part, dimension, tuple(rest), number.loop, number.step))
+            parts.add(self._taken(ours, dimension, tuple(rest), number.loop, number.step))
         return dataclasses.replace(operand, parts=frozenset(parts), number=None)
 
 
@@ -521,7 +523,7 @@ def _range(number: Number | None, size: int) -> tuple[int, int] | None:
     return (first, last + 1) if first >= 0 and last < size else None
 
 
-def _stack(value: _Value, loop: Loop, step: int, shape: Shape) -> _Value:
+def _collected(value: _Value, loop: Loop, step: int, shape: Shape) -> _Value:
     """What leaves a scan stacked: a slice taken by the loop gets its axis back."""
     parts = set()
     for part in value.parts:
@@ -531,13 +533,14 @@ def _stack(value: _Value, loop: Loop, step: int, shape: Shape) -> _Value:
         axis = backwards(axis) if step < 0 else axis
         parts.add(dataclasses.replace(part, axes=(axis, *part.axes), taken=taken))
     number = value.number
-    if number is not None and (number.is_array or number.loop == loop):
+    if number is not None and (number.in_array or number.loop == loop):
         number = None if shape else number.by((), step < 0)
     return dataclasses.replace(value, parts=frozenset(parts), number=number)
 
 
 def _chosen(sources: frozenset[_Source]) -> frozenset[_Source]:
     """What goes on as an index, like that of the nearest code, is not composed."""
+    # Each codebook of a residual quantiser is contracted with what the one before has left.
     return frozenset(_Source(source.loop, source.slot) for source in sources)
 
 
@@ -547,7 +550,7 @@ def _outside(value: _Value, loop: Loop) -> _Value:
     number = value.number if value.number and value.number.loop != loop else None
     sources = value.sources - inner | {_DATA} if inner else value.sources
     products = frozenset((leaf, of) for leaf, of in value.products if of != loop)
-    # Of what a weight made of what is carried, the gradient needs more than the weight.
+    # Outside, what is made of a carry is no weight: tables of positions in a gradient.
     parts = frozenset[_Part]() if inner else value.parts
     return dataclasses.replace(
         value, parts=parts, sources=sources, number=number, products=products
@@ -581,7 +584,7 @@ def _step(slot: core.Var, equation: core.JaxprEqn) -> int:
 
 def _number(equation: core.JaxprEqn, values: Sequence[_Value]) -> Number | None:
     """Which integers the result of a primitive is."""
-    return counters.follow(
+    return counters.fold(
         equation.primitive.name,
         [value.number for value in values],
         [_shape(atom) for atom in equation.invars],
@@ -591,7 +594,7 @@ def _number(equation: core.JaxprEqn, values: Sequence[_Value]) -> Number | None:
 
 
 def _weights(
-    equation: core.JaxprEqn, values: Sequence[_Value], callers: Loop
+    equation: core.JaxprEqn, values: Sequence[_Value], site: Loop
 ) -> list[frozenset[_Part]]:
     """The parameters of which the results, which data is in too, are still weights.
 
@@ -599,13 +602,13 @@ def _weights(
     axes: a mask, a frozen part that it is added to, a norm that it is divided by. A scale that
     activations are multiplied by has but one axis in common with them.
     """
-    none = [frozenset[_Part]()] * len(equation.outvars)
-    big = [sum(size > 1 for size in _shape(variable)) > 1 for variable in equation.outvars]
-    if not any(big) or not any(value.parts for value in values):
-        return none
+    # VeRA scales a frozen matrix by a vector, a table of vectors scales data row by row.
+    big = any(sum(size > 1 for size in _shape(variable)) > 1 for variable in equation.outvars)
+    if not big or not any(value.parts for value in values):
+        return [frozenset()] * len(equation.outvars)
     return [
-        moved.parts if _known_dimensions(moved.parts) > 1 else frozenset[_Part]()
-        for moved in _moved(equation, values, callers)
+        moved.parts if _known_dimensions(moved.parts) > 1 else frozenset()
+        for moved in _moved(equation, values, site)
     ]
 
 
@@ -617,48 +620,45 @@ def _known_dimensions(parts: Iterable[_Part]) -> int:
     )
 
 
-def _moved(equation: core.JaxprEqn, values: Sequence[_Value], callers: Loop) -> list[_Value]:
+def _moved(equation: core.JaxprEqn, values: Sequence[_Value], site: Loop) -> list[_Value]:
     """The results of a primitive on parameters, with what each of their dimensions runs along."""
-    results = []
+    operands = [(k, _shape(atom)) for k, atom in enumerate(equation.invars)]
+    held = [(part, *of) for of, value in zip(operands, values, strict=True) for part in value.parts]
+    met, results = union(value.met for value in values), []
     for output in range(len(equation.outvars)):
-        parts = set()
-        for k, (atom, value) in enumerate(zip(equation.invars, values, strict=True)):
-            for part in value.parts:
-                moved = _moved_part(equation, part, k, _shape(atom), output, callers)
-                if moved is not None:
-                    parts.add(moved)
-        results.append(_Value(frozenset(parts), met=_met(values)))
+        moved = {_moved_part(equation, *operand, output, site) for operand in held}
+        results.append(_Value(frozenset(part for part in moved if part is not None), met=met))
     return results
 
 
 def _moved_part(
-    equation: core.JaxprEqn, part: _Part, k: int, before: Shape, output: int, callers: Loop
+    equation: core.JaxprEqn, part: _Part, k: int, before: Shape, output: int, site: Loop
 ) -> _Part | None:
     """A part of one operand in one result; None if it is not in it."""
     name, params = equation.primitive.name, equation.params
     if name == "slice":
         strides = params["strides"] or (1,) * len(before)
-        return _cut(part, before, params["start_indices"], params["limit_indices"], strides)
+        return _cut_part(part, before, params["start_indices"], params["limit_indices"], strides)
     if name in ("split", "unstack"):
         at = params["axis"] % len(before)
         sizes = params["sizes"] if name == "split" else (1,) * before[at]
         starts, stops = [0] * len(before), list(before)
         starts[at], stops[at] = sum(sizes[:output]), sum(sizes[: output + 1])
-        moved = _cut(part, before, starts, stops, (1,) * len(before))
+        moved = _cut_part(part, before, starts, stops, (1,) * len(before))
         if moved is not None and name == "unstack":
             axes = (*moved.axes[:at], *moved.axes[at + 1 :])
             return dataclasses.replace(moved, axes=axes)
         return moved
     result = _shape(equation.outvars[output])
-    axes = follow(name, part.axes, before, result, params, k)
+    axes = propagate(name, part.axes, before, result, params, k)
     moved = dataclasses.replace(part, axes=axes)
     if name == "concatenate" and len(equation.invars) > 1 and part.join is None:
         at = params["dimension"]
         sizes = [_shape(atom)[at] for atom in equation.invars]
-        return _joined(moved, at, part.axes[at], sizes, k, (*callers, id(equation)))
+        return _joined(moved, at, part.axes[at], sizes, k, site)
     if name == "stack" and len(equation.invars) > 1 and part.join is None:
         at = params["axis"] % len(result)
-        return _joined(moved, at, UNKNOWN, [1] * len(equation.invars), k, (*callers, id(equation)))
+        return _joined(moved, at, UNKNOWN, [1] * len(equation.invars), k, site)
     return moved
 
 
@@ -673,7 +673,7 @@ def _joined(
     return dataclasses.replace(part, axes=tuple(axes), origin=(*part.origin, 0), join=join)
 
 
-def _cut(
+def _cut_part(
     part: _Part, before: Shape, starts: Sequence[int], stops: Sequence[int], strides: Sequence[int]
 ) -> _Part | None:
     """A slice of a part, with the range along each axis that it is cut to; None if it is not in."""
@@ -706,18 +706,9 @@ def _is_within(part: _Part, axis: int) -> bool:
     return any(part.join.start <= at < part.join.stop for at in places)
 
 
-def _met(values: Iterable[_Value]) -> int:
-    met = 0
-    for value in values:
-        met |= value.met
-    return met
-
-
-def _summed(values: Iterable[_Value]) -> int:
-    summed = 0
-    for value in values:
-        summed |= value.summed
-    return summed
+def union(bits: Iterable[int]) -> int:
+    """Sets of bits as one."""
+    return functools.reduce(operator.or_, bits, 0)
 
 
 def _scan_split(equation: core.JaxprEqn, body: core.Jaxpr) -> tuple[int, int]:
@@ -747,6 +738,7 @@ def _callee(equation: core.JaxprEqn) -> core.Jaxpr | None:
 
 def _constant(atom: core.Var | core.Literal) -> _Value:
     """A literal, or an array the function closes over: that may be its data."""
+    # A loss may close over its batch.
     if _shape(atom):
         return _Value(sources=frozenset({_DATA}), summed=_RAW)
     literal = getattr(atom, "val", None)
