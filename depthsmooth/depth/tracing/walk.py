@@ -237,7 +237,7 @@ class Walk:
         if not any(value.sources for value in values):
             if any(value.parts for value in values):
                 return _moved(equation, values, self._site)
-            met, number = union(value.met for value in values), _number(equation, values)
+            met, number = _met(values), _number(equation, values)
             return [_Value(met=met, number=number)] * len(equation.outvars)
         composed: frozenset[_Source] = frozenset()
         weights: list[frozenset[_Part]] = [frozenset()] * len(equation.outvars)
@@ -248,7 +248,7 @@ class Walk:
         else:
             weights = _weights(equation, values, self._site)
             products = self._element_by_element(name, values)
-            summed = union(value.summed for value in values)
+            summed = _summed(values)
         sources = frozenset().union(composed, *(value.sources for value in values))
         met = self._meet_all(values, frozenset().union(*weights))
         results = []
@@ -264,11 +264,11 @@ class Walk:
         """What a contraction is made of: the weights in it, and notes what these are applied to."""
         weights = [tuple(self._weights_in(value)) for value in values]
         for k, parts in enumerate(weights):
-            others = union(value.summed for value in (*values[:k], *values[k + 1 :]))
+            others = _summed([*values[:k], *values[k + 1 :]])
             for part in parts:
                 self.summed.setdefault(part.leaf, others)
         made = union(self._bit((part.leaf, part.ranges)) for part in itertools.chain(*weights))
-        return made or union(value.summed for value in values)
+        return made or _summed(values)
 
     def _weights_in(self, value: _Value) -> Iterable[_Part]:
         """The parameters of a weight; none of activations that one has multiplied."""
@@ -345,9 +345,9 @@ class Walk:
         sources = frozenset().union(*(value.sources for value in values))
         if not sources:
             parts = frozenset().union(*(value.parts for value in values))
-            return _Value(parts, met=union(value.met for value in values))
+            return _Value(parts, met=_met(values))
         met = self._meet_all(values, frozenset())
-        return _Value(sources=sources, met=met, summed=union(value.summed for value in values))
+        return _Value(sources=sources, met=met, summed=_summed(values))
 
     def _meet_all(self, values: Sequence[_Value], weights: frozenset[_Part]) -> int:
         """Notes what data meets in several values; gives all that has been met.
@@ -355,7 +355,7 @@ class Walk:
         What is still a weight, like a masked one, has not met the data proper, which other
         parameters have made something of.
         """
-        met = union(value.met for value in values)
+        met = _met(values)
         held = [{(part.leaf, part.ranges) for part in value.parts} for value in values]
         pieces = set().union(*held)
         if not pieces:
@@ -363,7 +363,7 @@ class Walk:
         kept = {part.leaf for part in weights}
         for piece in sorted(pieces):
             others = [value for value, own in zip(values, held, strict=True) if piece not in own]
-            behind = union(value.met for value in others)
+            behind = _met(others)
             # A stack may be masked before its layers are indexed.
             if behind or piece[0] not in kept:
                 met |= self._meet(piece, behind)
@@ -624,7 +624,7 @@ def _moved(equation: core.JaxprEqn, values: Sequence[_Value], site: Loop) -> lis
     """The results of a primitive on parameters, with what each of their dimensions runs along."""
     operands = [(k, _shape(atom)) for k, atom in enumerate(equation.invars)]
     held = [(part, *of) for of, value in zip(operands, values, strict=True) for part in value.parts]
-    met, results = union(value.met for value in values), []
+    met, results = _met(values), []
     for output in range(len(equation.outvars)):
         moved = {_moved_part(equation, *operand, output, site) for operand in held}
         results.append(_Value(frozenset(part for part in moved if part is not None), met=met))
@@ -709,6 +709,21 @@ def _is_within(part: _Part, axis: int) -> bool:
 def union(bits: Iterable[int]) -> int:
     """Sets of bits as one."""
     return functools.reduce(operator.or_, bits, 0)
+
+
+def _met(values: Iterable[_Value]) -> int:
+    # A loop is quicker than a union of a generator, and this runs for each equation.
+    met = 0
+    for value in values:
+        met |= value.met
+    return met
+
+
+def _summed(values: Iterable[_Value]) -> int:
+    summed = 0
+    for value in values:
+        summed |= value.summed
+    return summed
 
 
 def _scan_split(equation: core.JaxprEqn, body: core.Jaxpr) -> tuple[int, int]:
