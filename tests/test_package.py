@@ -78,7 +78,8 @@ def public_functions():
     for method in dir(depthsmooth.Depth):
         value = getattr(depthsmooth.Depth, method)
         is_ours = str(getattr(value, "__module__", "")).startswith("depthsmooth")
-        if is_ours and inspect.isroutine(value) and not method.startswith("_"):
+        is_method = inspect.isfunction(value) or inspect.ismethod(value)
+        if is_ours and is_method and not method.startswith("_"):
             yield f"Depth.{method}", value
 
 
