@@ -37,7 +37,7 @@ def ran(name, read, **sizes):
     notebook.cells = [new_code_cell(STRICT), *notebook.cells, answer]
     folder = {"metadata": {"path": str(ROOT / "notebooks")}}
     client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder)
-    compared = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"} if name == "anatomy" else {}  # in every bit
+    compared = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"} if name == "anatomy" else {}  # as by users
     client.execute(env=os.environ | SETTINGS | compared)
     for cell in notebook.cells:
         outputs = cell.get("outputs", [])
