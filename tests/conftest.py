@@ -1,14 +1,32 @@
-"""Eight host devices, and settings that every test shares."""
+"""Eight host devices, compiled programs that are kept, and settings that every test shares."""
 
+import atexit
+import importlib.metadata
 import os
+import shutil
 import signal
+import tempfile
 
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-)
+# Workers have flags from their parent. The last of a kind counts, so that others may be given.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        # Without newer emitters, and in one piece, it takes half the time to compile. Others have
+        # no such flag, among them the newest, whose emitters are tested.
+        flags.insert(0, "--xla_cpu_use_fusion_emitters=false")
+        flags.insert(0, "--xla_cpu_parallel_codegen_split_count=1")
+    os.environ["XLA_FLAGS"] = " ".join(flags)
 
 # Where a compiler for other devices is installed, JAX would look for these.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# What is compiled is kept for all workers of a run and all processes that tests start; and for
+# other runs, if a directory is given. Keys tell programs by flags, devices and versions, too.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
 import jax

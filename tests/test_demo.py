@@ -1,7 +1,9 @@
 """The demo: what it promises a user who runs it, interrupts it, resumes it, or errs."""
 
+import contextlib
 import dataclasses
 import gc
+import io
 import json
 import os
 import signal
@@ -13,7 +15,6 @@ import chex
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from matplotlib.figure import Figure
 
 from depthsmooth.demo import report, text
@@ -26,23 +27,6 @@ SMALL = ["--layers", "3", "--width", "8", "--steps", "6", "--batch", "2", "--con
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """The demos of this module have the same programs: they are compiled once."""
-    cache = str(tmp_path_factory.mktemp("cache"))
-    with pytest.MonkeyPatch.context() as patch:
-        for option, value in {
-            "jax_compilation_cache_dir": cache,
-            "jax_persistent_cache_min_compile_time_secs": 0.0,
-            "jax_persistent_cache_min_entry_size_bytes": -1,
-        }.items():
-            patch.setenv(option.upper(), str(value))
-            jax.config.update(option, value)
-        yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    reset_cache()
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "corpus.txt"
@@ -50,12 +34,33 @@ def corpus(tmp_path_factory):
     return path
 
 
+ALPHAS = ["--alpha", "0.2", "0.4"]
+
+
 @pytest.fixture(scope="module")
-def finished(corpus, tmp_path_factory):
-    """The directory of a finished demo of two seeds."""
+def demo(corpus, tmp_path_factory):
+    """A finished demo of two seeds: its directory, and what it has printed, and of its progress."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    assert main([*SMALL, "--seeds", "2", "--text", str(corpus), "--out", str(out)]) == 0
-    return out
+    printed, progress = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(progress):
+        arguments = [*SMALL, *ALPHAS, "--seeds", "2", "--text", str(corpus), "--out", str(out)]
+        assert main(arguments) == 0
+    return out, printed.getvalue(), progress.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(demo):
+    """Its directory."""
+    return demo[0]
+
+
+def part_of(finished, out, alphas, seeds):
+    """A directory with some runs of a demo, as one leaves that was smaller or interrupted."""
+    whole = content(finished)
+    runs = [run for run in whole["runs"] if run["arm"]["alpha"] in alphas and run["seed"] in seeds]
+    out.mkdir()
+    (out / "results.json").write_text(json.dumps(whole | {"runs": runs}))
+    return runs
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +78,14 @@ def numbers(run):
     return {key: value for key, value in run.items() if key != "seconds_per_step"}
 
 
-def test_prints_the_depth_table_the_results_and_a_verdict(corpus, tmp_path, capsys):
-    arguments = [*SMALL, "--seeds", "2", "--alpha", "0.1", "0.3", "--text", str(corpus)]
-    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
-    printed, progress = capsys.readouterr()
+def test_prints_the_depth_table_the_results_and_a_verdict(demo):
+    _, printed, progress = demo
     before, after = printed.split("Seeds: 2")
     assert "params/blocks       3     0      12" in before
-    for name in ("AdamW ", "AdamW, smoothed 0.1", "AdamW, smoothed 0.3", "AdamW, layers × 0."):
+    for name in ("AdamW ", "AdamW, smoothed 0.2", "AdamW, smoothed 0.4", "AdamW, layers × 0."):
         assert name in after
-    assert "α = 0.1: against AdamW, smoothing" in after
-    assert "α = 0.3: against AdamW, smoothing" in after
+    assert "α = 0.2: against AdamW, smoothing" in after
+    assert "α = 0.4: against AdamW, smoothing" in after
     assert "loss=" in progress
     assert "60/60" in progress
 
@@ -98,12 +101,10 @@ def test_writes_results_and_pictures_and_nothing_else(finished):
         assert picture.stat().st_size > 10_000
     results = content(finished)
     assert results["versions"]["jax"] == jax.__version__
-    assert len(results["runs"]) == 6
-    assert [arm["name"].split(" 0.")[0] for arm in results["findings"]["arms"]] == [
-        "AdamW",
-        "AdamW, smoothed",
-        "AdamW, layers ×",
-    ]
+    assert len(results["runs"]) == 10
+    smoothed = ["AdamW, smoothed", "AdamW, layers ×"]
+    arms = [arm["name"].split(" 0.")[0] for arm in results["findings"]["arms"]]
+    assert arms == ["AdamW", *smoothed, *smoothed]
 
 
 def test_arms_share_start_and_batches(finished):
@@ -125,38 +126,36 @@ def test_arms_share_start_and_batches(finished):
     assert runs[0.0, False, 0]["train_loss"] != runs[0.0, False, 1]["train_loss"]
 
 
-def test_refuses_to_overwrite_and_resumes(finished, corpus, capsys, tmp_path):
-    arguments = [*SMALL, "--seeds", "2", "--text", str(corpus), "--out", str(finished)]
+def test_refuses_to_overwrite_and_to_resume_another(finished, corpus, capsys):
+    arguments = [*SMALL, *ALPHAS, "--seeds", "2", "--text", str(corpus), "--out", str(finished)]
     with pytest.raises(SystemExit):
         main(arguments)
     assert "--resume" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*arguments, "--resume", "--steps", "7"])
     assert "its steps is 6, not 7" in capsys.readouterr().err
-    # A file with some of the runs is what an interrupted demo leaves.
-    whole = content(finished)
-    part = tmp_path / "part"
-    part.mkdir()
-    (part / "results.json").write_text(json.dumps(whole | {"runs": whole["runs"][:4]}))
-    assert main([*arguments[:-1], str(part), "--resume"]) == 0
-    resumed = content(part)
-    assert resumed["runs"][:4] == whole["runs"][:4]
-    assert [numbers(run) for run in resumed["runs"]] == [numbers(run) for run in whole["runs"]]
 
 
 def test_resume_adds_seeds_and_alphas(finished, corpus, tmp_path):
+    """And makes what an uninterrupted demo makes."""
     more = tmp_path / "more"
-    more.mkdir()
-    (more / "results.json").write_bytes((finished / "results.json").read_bytes())
-    arguments = [*SMALL, "--text", str(corpus), "--out", str(more), "--resume"]
-    assert main([*arguments, "--seeds", "3", "--alpha", "0.2", "0.4"]) == 0
-    assert len(content(more)["runs"]) == 3 * 5
-    assert content(more)["findings"]["seeds"] == 3
+    kept = part_of(finished, more, (0.0, 0.2), (0,))
+    arguments = [*SMALL, *ALPHAS, "--text", str(corpus), "--out", str(more), "--resume"]
+    assert main([*arguments, "--seeds", "2"]) == 0
+    resumed = content(more)
+    assert resumed["runs"][: len(kept)] == kept
+    assert resumed["findings"]["seeds"] == 2
+
+    def ordered(runs):
+        return sorted(map(numbers, runs), key=lambda run: (*run["arm"].values(), run["seed"]))
+
+    assert ordered(resumed["runs"]) == ordered(content(finished)["runs"])
 
 
-def test_one_seed_says_that_it_says_nothing(corpus, tmp_path, capsys):
-    out = str(tmp_path / "out")
-    assert main([*SMALL, "--seeds", "1", "--text", str(corpus), "--out", out]) == 0
+def test_one_seed_says_that_it_says_nothing(finished, corpus, tmp_path, capsys):
+    part_of(finished, tmp_path / "out", (0.0, 0.2), (0,))
+    arguments = [*SMALL, "--seeds", "1", "--text", str(corpus), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--resume"]) == 0
     assert "one seed gives no interval" in capsys.readouterr().out
 
 
@@ -166,15 +165,15 @@ def test_ctrl_c_keeps_the_finished_runs(corpus, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "depthsmooth.demo", *arguments],
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
     )
     deadline = time.monotonic() + 120
     while not (out / "results.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
     assert "Interrupted. The finished runs" in printed
     assert "--resume" in printed
     assert [path.name for path in out.iterdir()] == ["results.json"]
@@ -372,8 +371,9 @@ def test_the_control_scales_the_layers_and_nothing_else(experiment):
 
     def second_update(arm, shrink):  # the learning rate of the first is 0
         tx = experiment.optimizer(arm, shrink)
-        _, state = tx.update(params, tx.init(params), params)
-        return tx.update(params, state, params)[0]["params"]
+        update = jax.jit(tx.update)
+        _, state = update(params, tx.init(params), params)
+        return update(params, state, params)[0]["params"]
 
     plain = second_update(Arm(), 1.0)
     half, none = (second_update(Arm(0.2, control=True), shrink) for shrink in (0.5, 0.0))
@@ -387,8 +387,9 @@ def test_only_kernels_and_embeddings_decay(experiment):
     params = experiment.init(0)
     tx = experiment.optimizer(Arm())
     zeros = jax.tree.map(jax.numpy.zeros_like, params)
-    _, state = tx.update(zeros, tx.init(params), params)
-    updates, _ = tx.update(zeros, state, params)  # the learning rate of the first is 0
+    update = jax.jit(tx.update)
+    _, state = update(zeros, tx.init(params), params)
+    updates, _ = update(zeros, state, params)  # the learning rate of the first is 0
     for keys, update in jax.tree_util.tree_leaves_with_path(updates):
         assert bool(abs(update).max() > 0) == (keys[-1].key in ("kernel", "embedding")), keys
 
@@ -398,8 +399,8 @@ def test_what_is_observed_of_an_update(experiment):
     params = experiment.init(0)
     state = experiment.optimizer(Arm(0.2)).init(params)
     windows = experiment.text.batches(1, 2, 8, seed=0)[0]
-    gradients = jax.grad(experiment.loss)(params, windows)
-    updates, _ = experiment.preconditioner.update(gradients, state[0], params)
+    gradients = jax.jit(jax.grad(experiment.loss))(params, windows)
+    updates, _ = jax.jit(experiment.preconditioner.update)(gradients, state[0], params)
     blocks = jax.tree.leaves(updates["params"]["blocks"])
     before = np.concatenate([np.asarray(leaf).reshape(3, -1) for leaf in blocks], axis=1)
     after = reference.window(before, 0.2, 0)
@@ -515,12 +516,12 @@ def test_one_step_is_enough(experiment):
     assert run.evaluated_at == [0, 1]
 
 
-def test_results_within_the_text_are_not_part_of_it(tmp_path):
-    (tmp_path / "corpus.txt").write_text("the quick brown fox " * 60)
+def test_results_within_the_text_are_not_part_of_it(finished, corpus, tmp_path):
+    (tmp_path / "corpus.txt").write_bytes(corpus.read_bytes())
+    part_of(finished, tmp_path / "out", (0.0, 0.2), (0,))
     arguments = [*SMALL, "--seeds", "1", "--text", str(tmp_path)]
-    arguments += ["--out", str(tmp_path / "out")]
-    assert main(arguments) == 0
-    assert main([*arguments, "--resume"]) == 0
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--resume"]) == 0
+    assert (tmp_path / "out" / "loss.png").exists()
 
 
 def test_every_alpha_has_its_curve():

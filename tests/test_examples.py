@@ -1,12 +1,14 @@
 """The examples learn, and differ from their unsmoothed selves by what docs/examples.md shows."""
 
-import os
+import json
 import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
+
+from tests.children import environment
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIFFS = dict(
@@ -37,31 +39,40 @@ def undone(diff, script):
     return script
 
 
-@pytest.fixture(scope="module")
-def printed(tmp_path_factory):
-    """What a script prints that makes few steps."""
+IN_TURN = """
+import json, runpy, sys
+
+for sys.argv in json.loads(sys.argv[1]):
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as ended:
+        if ended.code:
+            raise
+    print("---", flush=True)
+"""
+"""Runs scripts in one process, which imports what they need once."""
+
+
+def printed(*commands):
+    """What scripts print that make few steps."""
     settings = {
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "error",
-        "XLA_FLAGS": "",
+        "PYTHONWARNINGS": "error,ignore:Error reading persistent compilation cache entry",
     }
-
-    def printed(script, *options):
-        ran = subprocess.run(
-            [sys.executable, script, "--steps", "11", *options],
-            env=os.environ | settings,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-        )
-        assert ran.returncode == 0, ran.stderr
-        return ran.stdout
-
-    return printed
+    arguments = [[str(script), "--steps", "11", *options] for script, *options in commands]
+    ran = subprocess.run(
+        [sys.executable, "-c", IN_TURN, json.dumps(arguments)],
+        env=environment(**settings),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert ran.returncode == 0, ran.stderr
+    *outputs, end = ran.stdout.split("---\n")
+    assert not end
+    return outputs
 
 
 def losses(output):
@@ -74,17 +85,14 @@ def test_every_example_is_in_the_document():
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_an_example_differs_from_its_unsmoothed_self_by_the_diff(name, printed, tmp_path):
-    script = ROOT / "examples" / f"{name}.py"
-    output = printed(script)
+def test_an_example_differs_from_its_unsmoothed_self_by_the_diff(name, tmp_path):
+    script, twin = ROOT / "examples" / f"{name}.py", tmp_path / "twin.py"
+    twin.write_text(undone(DIFFS[f"examples/{name}.py"], script.read_text()))
+    assert not re.search(r"depthsmooth|alpha|\bds\.", twin.read_text())
+    output, unsmoothed, plain = printed([script], [script, "--alpha", "0"], [twin])
     first, last = losses(output)
     assert last < first - 1
     [(layers, found_by)] = re.findall(r"^\S*(?:layers|blocks) +(\d+) .* (\w+)$", output, re.M)
     assert (int(layers), found_by) == (LAYERS[name], "trace")
-
-    twin = tmp_path / "twin.py"
-    twin.write_text(undone(DIFFS[f"examples/{name}.py"], script.read_text()))
-    assert not re.search(r"depthsmooth|alpha|\bds\.", twin.read_text())
-    plain = losses(printed(twin))
-    assert losses(printed(script, "--alpha", "0")) == plain
-    assert plain[-1] != last
+    assert losses(unsmoothed) == losses(plain)
+    assert losses(plain)[-1] != last

@@ -419,7 +419,7 @@ def check_step(drawn):
 
 
 LENIENT = settings(
-    max_examples=300,
+    max_examples=100,
     suppress_health_check=[
         HealthCheck.too_slow,
         HealthCheck.data_too_large,
@@ -427,12 +427,20 @@ LENIENT = settings(
     ],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # to make one smaller may take long
 )
+LONGER = settings(LENIENT, max_examples=300)
 AT_LENGTH = settings(LENIENT, max_examples=5000, derandomize=False, print_blob=True)
 
 
 @LENIENT
 @given(steps())
 def test_no_step_is_wrong(drawn):
+    check_step(drawn)
+
+
+@pytest.mark.slow
+@LONGER
+@given(steps())
+def test_no_step_is_wrong_for_longer(drawn):
     check_step(drawn)
 
 
@@ -552,7 +560,7 @@ def check_mistake(mistake):
         assert name in str(error.value)
 
 
-@LENIENT
+@LONGER
 @given(mistakes())
 def test_no_error_is_without_help(mistake):
     check_mistake(mistake)

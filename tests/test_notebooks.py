@@ -1,7 +1,6 @@
 """The notebooks run on small sizes, draw their pictures, and are kept without what they print."""
 
 import json
-import os
 import pathlib
 import re
 
@@ -12,14 +11,15 @@ from nbformat.v4 import new_code_cell
 
 import depthsmooth
 from depthsmooth import plot
+from tests.children import environment
 
 ROOT = pathlib.Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SETTINGS = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
 STRICT = """
 import warnings
 warnings.simplefilter("error")
 warnings.filterwarnings("default", module="ipykernel")
+warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
 """
 DRAWS = re.compile(r"\bplot\.\w+\(|\bplt\.subplots\(")
 
@@ -37,8 +37,7 @@ def ran(name, read, **sizes):
     notebook.cells = [new_code_cell(STRICT), *notebook.cells, answer]
     folder = {"metadata": {"path": str(ROOT / "notebooks")}}
     client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder)
-    compared = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"} if name == "anatomy" else {}  # as by users
-    client.execute(env=os.environ | SETTINGS | compared)
+    client.execute(env=environment(JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT)))
     for cell in notebook.cells:
         outputs = cell.get("outputs", [])
         pictures = ["image/png" in output.get("data", {}) for output in outputs]

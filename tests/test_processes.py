@@ -1,7 +1,6 @@
 """Several processes: the same training as in one, and an end in time if one of them dies."""
 
 import contextlib
-import os
 import pathlib
 import signal
 import socket
@@ -10,6 +9,8 @@ import sys
 
 import numpy as np
 import pytest
+
+from tests.children import environment
 
 TIMEOUT = 120
 ROOT = pathlib.Path(__file__).parent.parent
@@ -24,7 +25,6 @@ def free_port():
 @contextlib.contextmanager
 def processes(directory, count, *arguments, devices=1):
     """The processes of one training, with so many devices each; none of them outlives the test."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
     command = [sys.executable, "-m", "tests.two_hosts", str(directory), *arguments]
     if count > 1:
         command += ["--processes", str(count), "--port", str(free_port())]
@@ -32,7 +32,7 @@ def processes(directory, count, *arguments, devices=1):
         subprocess.Popen(
             [*command, "--process", str(k)],
             cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            env=environment(devices, JAX_PLATFORMS="cpu"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -71,9 +71,7 @@ def test_two_processes_train_as_one(tmp_path):
 def test_the_death_of_a_process_ends_the_other(tmp_path, killed):
     with processes(tmp_path, 2, "--steps", "1000000") as running:
         victim, survivor = running[killed], running[1 - killed]
-        for line in victim.stdout:
-            if line.startswith("step 5 "):
-                break
+        assert any(line.startswith("step 5 ") for line in victim.stdout)
         victim.send_signal(signal.SIGKILL)
         _, errors = survivor.communicate(timeout=TIMEOUT)
     assert survivor.returncode != 0

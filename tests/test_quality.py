@@ -34,6 +34,7 @@ from benchmarks.report.claims import _share_until, claims
 from benchmarks.report.evidence import gather
 from benchmarks.report.statistics import Comparison, Verdict, corrected, judged, overall
 from benchmarks.results import device
+from tests.children import environment
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOOTHED = Arm("adamw", alpha=0.2)
@@ -91,8 +92,8 @@ def test_arms_differ_in_nothing_but_what_is_applied(task):
 
 
 def test_a_run_can_be_watched(task):
+    alone, _ = training.train(task, SMOOTHED, 1.0, 0)  # which has been compiled above
     observed, _ = training.train(task, SMOOTHED, 1.0, 0, observed=True)
-    alone, _ = training.train(task, SMOOTHED, 1.0, 0)
     np.testing.assert_allclose(observed["loss"], alone["loss"], rtol=1e-5)
     assert (observed["roughness_after"] < observed["roughness_before"]).all()
     assert (observed["line_shape_score"] >= 1).all()
@@ -128,7 +129,9 @@ def test_bits_are_nats_by_their_logarithm(tmp_path):
     path = tmp_path / "text"
     path.write_bytes(bytes(range(256)) * 9)
     task = Text(layers=2, steps=10, text=path)
-    measured = task.evaluate(task.init(jax.random.key(50)), jax.random.key(51), 0)
+    measured = jax.jit(lambda key: task.evaluate(task.init(key), jax.random.key(51), 0))(
+        jax.random.key(50)
+    )
     np.testing.assert_allclose(measured["bits_per_byte"], measured["loss"] / np.log(2), rtol=1e-5)
     assert 7 < measured["bits_per_byte"] < 10
 
@@ -160,11 +163,9 @@ def quickly(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def old_objects_are_not_collected():
-    """Statsmodels collects garbage at each correction: among all that JAX keeps it takes long."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+def garbage_is_left(monkeypatch):
+    """Statsmodels collects it at each correction: among all that JAX keeps it takes long."""
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
 
 
 @pytest.fixture
@@ -266,8 +267,8 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path):
         Results(path, "two")
 
 
-def command(*options):
-    return [sys.executable, "-m", "benchmarks.quality", *map(str, options)]
+def command(*options, module="benchmarks.quality"):
+    return [sys.executable, "-m", module, *map(str, options)]
 
 
 def children(process):
@@ -278,9 +279,10 @@ def children(process):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_killed_it_goes_on_and_a_result_can_be_repeated(tmp_path):
-    path = tmp_path / "reversal.jsonl"
-    quick = command("reversal", "--quick", "--workers", 1, "--out", tmp_path)
-    process = subprocess.Popen(quick, cwd=ROOT, stderr=subprocess.DEVNULL)
+    path, stub = tmp_path / "reversal.jsonl", "tests.stub_task"
+    options = "reversal", "--quick", "--workers", 1, "--out", tmp_path
+    quick, here = command(*options, module=stub), environment(TMPDIR=str(tmp_path))
+    process = subprocess.Popen(quick, cwd=ROOT, env=here, stderr=subprocess.DEVNULL)
     while not (path.exists() and path.read_bytes().count(b"\n")):
         assert process.poll() is None
         time.sleep(0.05)
@@ -291,25 +293,28 @@ def test_killed_it_goes_on_and_a_result_can_be_repeated(tmp_path):
         time.sleep(0.05)
     kept = path.read_bytes()
     kept = kept[: kept.rfind(b"\n") + 1]
-    done = subprocess.run(quick, cwd=ROOT, capture_output=True, text=True, check=True)
+    [study] = plan.studies("reversal", quick=True)
+    assert study.missing(Results(path))
+    done = subprocess.run(quick, cwd=ROOT, env=here, capture_output=True, text=True, check=True)
     assert f"reversal: {len(kept.splitlines())} runs are in" in done.stdout
     assert "All runs are in" in done.stdout
     assert path.read_bytes().startswith(kept)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len({Run.from_json(line) for line in lines}) == len(lines)
-    [study] = plan.studies("reversal", quick=True)
     assert not study.missing(Results(path))
 
-    repeat(lines[-1])
+    assert {line["data"] for line in lines} == {"stub"}
+    repeat(lines[-1], here, module=stub)
 
 
-def repeat(line):
+def repeat(line, settings, **names):
     """By the command that is kept with a run."""
-    options = shlex.split(line["command"])[3:]
+    begin, options = shlex.split(line["command"])[:3], shlex.split(line["command"])[3:]
+    assert begin == ["python", "-m", "benchmarks.quality"]
     done = subprocess.run(
-        command(*options),
+        command(*options, **names),
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=settings,
         capture_output=True,
         text=True,
         check=True,
@@ -580,5 +585,5 @@ def test_a_kept_result_can_be_repeated(task, monkeypatch):
     ours = device().replace(f"{jax.device_count()} ×", "1 ×")
     if (line["jax"], line["optax"], line["python"]) != versions or line["device"] != ours:
         pytest.skip(f"made with {line['device']}, JAX {line['jax']}, Python {line['python']}")
-    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")  # as it was made
-    repeat(line)
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
+    repeat(line, os.environ | {"XLA_FLAGS": ""})  # as it was made

@@ -20,14 +20,20 @@ LAYERS = 2
 ANSWERS = np.array([*itertools.product(range(addition.VOCABULARY), repeat=ANSWER)])
 
 
+def pretrained_in(directory, patch):
+    """A small one, whose decoder is pretrained while something else is traced."""
+    patch.setattr(tempfile, "tempdir", str(directory))
+    small = Policy(LAYERS, steps=200)
+    jax.eval_shape(small.init, jax.random.key(50))
+    return small
+
+
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """A small one, whose decoder is pretrained while something else is traced."""
+    """One that has begun to be pretrained."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("cache")))
-        small = Policy(LAYERS, steps=200)
-        jax.eval_shape(small.init, jax.random.key(50))
-    return small
+        patch.setattr(addition, "LONGEST", 50)
+        return pretrained_in(tmp_path_factory.mktemp("cache"), patch)
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +113,12 @@ def test_advantages_of_a_group_sum_to_0():
 def test_answers_follow_the_policy(task, score):
     draws = 20_000
     prompt = jnp.asarray(HELD[:1])
-    answered = jax.jit(task.answered)(
-        task.reference, jnp.repeat(prompt, draws, 0), jax.random.key(50)
-    )
+    sure = jax.tree.map(lambda leaf: 3 * leaf, task.reference)  # of some answers
+    answered = jax.jit(task.answered)(sure, jnp.repeat(prompt, draws, 0), jax.random.key(50))
     np.testing.assert_array_equal(answered[:, :PROMPT], prompt[:, :PROMPT].repeat(draws, 0))
     every = jnp.hstack([prompt[:, :PROMPT].repeat(len(ANSWERS), 0), ANSWERS])
-    probabilities = jnp.exp(score(task.reference, every).sum(1))
+    probabilities = jnp.exp(score(sure, every).sum(1))
+    assert probabilities.max() > 0.1
     places = addition.VOCABULARY ** np.arange(ANSWER)[::-1]
     frequencies = np.bincount(answered[:, PROMPT:] @ places, minlength=len(ANSWERS)) / draws
     np.testing.assert_allclose(frequencies, probabilities, atol=0.015)
@@ -169,7 +175,9 @@ def test_divergence_is_unbiased_and_0_at_the_reference():
     assert not gradient.any()
 
 
-def test_pretraining_leaves_room_to_learn_and_learning_uses_it(task, score):
+@pytest.mark.slow
+def test_pretraining_leaves_room_to_learn_and_learning_uses_it(tmp_path, monkeypatch, score):
+    task = pretrained_in(tmp_path, monkeypatch)
     before = jnp.exp(score(task.reference, HELD).sum(1)).mean()
     assert 0.2 < before < 0.45
     curves, _ = train(task, Arm("adamw"), 1.0, 50)
