@@ -97,13 +97,7 @@ def with_automatic_axes(
 ) -> Results:
     """Calls a function of a tree that leaves to the compiler how an explicit mesh splits arrays.
 
-    Args:
-      fn: a function of a tree of arrays.
-      arrays: the tree.
-      spec: how the mesh splits each result; not at all, by default.
-
-    Returns:
-      What the function returns.
+    ``spec`` is how the mesh splits each result; not at all, by default.
     """
     [first, *_] = jax.tree.leaves(arrays) or [0.0]
     mesh = jax.typeof(first).sharding.mesh

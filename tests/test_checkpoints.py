@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_not_carried_over():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_and_resumed_is_the_uninterrupted_one(kills, tmp_path):
     # Of its own, for the killed may leave half of a program.
     compiled = environment(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"))

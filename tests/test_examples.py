@@ -84,7 +84,13 @@ def test_every_example_is_in_the_document():
     assert set(DIFFS) == scripts == {f"examples/{name}.py" for name in LAYERS}
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("fsdp", "two_hosts") else name
+        for name in LAYERS
+    ],
+)
 def test_an_example_differs_from_its_unsmoothed_self_by_the_diff(name, tmp_path):
     script, twin = ROOT / "examples" / f"{name}.py", tmp_path / "twin.py"
     twin.write_text(undone(DIFFS[f"examples/{name}.py"], script.read_text()))

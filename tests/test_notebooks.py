@@ -79,6 +79,7 @@ def test_quickstart_trains_and_tells_smoothing_from_a_smaller_step():
         assert shrunk == pytest.approx(smoothed, rel=0.01)
 
 
+@pytest.mark.slow
 def test_anatomy_finds_layouts_equal_and_a_wrong_axis_refused():
     equal, refusal, cut, sums, norms, cosines, losses = ran(
         "anatomy",

@@ -277,6 +277,7 @@ def children(process):
     return told.read_text().split() if told.exists() else []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_killed_it_goes_on_and_a_result_can_be_repeated(tmp_path):
     path, stub = tmp_path / "reversal.jsonl", "tests.stub_task"

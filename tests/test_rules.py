@@ -170,7 +170,7 @@ def test_masked_layers_leave_no_hole(hidden):
         (
             {".*": interleaved(0)},
             {"block_0": ones(4, 2), "block_1": ones(5, 2)},
-            r"block_1 \(5, 2\) has 5 layers on interleaved\(0\), but block_0 \(4, 2\)",
+            r"block_1 \(5, 2\) has 5 layers on axis 0, but block_0 \(4, 2\)",
         ),
         (
             {".*": numbered()},

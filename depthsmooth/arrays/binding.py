@@ -26,20 +26,11 @@ def layers_of(
     *,
     with_sums: bool = True,
 ) -> list[Layers]:
-    """The layers of a tensor.
-
-    Args:
-      track: the leaves that hold them.
-      arrays: the leaves of a tree, by path.
-      axis_name: within ``jax.shard_map``, the mesh axis that layers are split over.
-      with_sums: whether sums over each layer are needed.
-
-    Returns:
-      The layers that each leaf holds.
+    """The layers that each leaf of a track holds, in the arrays of a tree by path.
 
     Raises:
-      ValueError: if devices split the leaves in a way that their layers cannot be mixed, or
-        summed over, as they are.
+      ValueError: if devices split the leaves in a way that their layers cannot be mixed as they
+        are, or, ``with_sums``, be summed over.
     """
     ours = [jnp.asarray(arrays[path]) for path in track.paths]
     _check_explicit(track, ours)

@@ -20,15 +20,7 @@ from depthsmooth.operators.stencil import Stencil, matrix_of
 
 @jax.jit
 def multiply(stencil: Stencil, tensor: Tensor) -> list[Layers]:
-    """Mixes layers by the matrix of the operator, each run of layers by its part of it.
-
-    Args:
-      stencil: the operator, for all layers of the group.
-      tensor: the layers.
-
-    Returns:
-      The mixed layers, in float32 at least.
-    """
+    """Mixes layers by the matrix of the operator, each run of layers by its part of it."""
     matrix = jnp.asarray(matrix_of(stencil))
     shards = {piece.shards for piece in tensor}
     by_layer = [upcast(piece.array) for piece in tensor]

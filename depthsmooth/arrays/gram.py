@@ -14,17 +14,10 @@ from depthsmooth.mesh import manual_axes, names_of
 
 
 def gram(block: Block, layers: int) -> jax.Array:
-    r"""The inner products of layers: :math:`G_{ij} = \mathrm{Re} \sum \bar u_i u_j`.
+    r"""The inner products of L layers: :math:`G_{ij} = \mathrm{Re} \sum \bar u_i u_j`.
 
     Where devices split the layers, each shard passes half of the others. Layers with leaves of
-    their own are concatenated.
-
-    Args:
-      block: the tensors :math:`u`.
-      layers: the number of layers L.
-
-    Returns:
-      Real array of shape ``(L, L)``, of float32 or the widest type among the tensors.
+    their own are concatenated. The result is real, of float32 or the widest type among tensors.
 
     Example:
       >>> from depthsmooth.arrays.layers import Layers

@@ -86,13 +86,8 @@ def joined(whole: Layers, array: jax.Array) -> jax.Array:
 def exchange(stencil: Stencil, tensor: Tensor) -> list[Halo] | None:
     """What a stencil reads of other shards: r layers on either side, for the radius r.
 
-    Args:
-      stencil: the operator, for all layers of the group.
-      tensor: the layers.
-
-    Returns:
-      For each array its halo, in its type. None if devices do not split the layers, or the
-      stencil is applied as a matrix.
+    For each array its halo, in its type. None if devices do not split the layers, or the stencil
+    is applied as a matrix.
     """
     if {piece.shards for piece in tensor} <= {1} or stencil.is_identity or stencil.is_dense:
         return None

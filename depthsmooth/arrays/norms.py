@@ -17,13 +17,8 @@ from depthsmooth.mesh import names_of, rank_along, replicated
 def inner(one: Block, other: Block) -> jax.Array:
     r"""The inner product of each layer with its like: :math:`\mathrm{Re} \sum \bar u v`.
 
-    Args:
-      one: u.
-      other: v, of the same layout.
-
-    Returns:
-      Real array of shape ``(L,)``, of float32 or the widest type among the tensors; 0 for layers
-      that no tensor holds.
+    A real array of shape ``(L,)``, of float32 or the widest type among the tensors; 0 for layers
+    that no tensor holds.
 
     Example:
       >>> stack = Layers(jnp.array([[3.0, 4.0], [6.0, 8.0]]), axes=(0,), layers=(0, 1))
@@ -78,14 +73,7 @@ def _in_order(
 
 
 def scaled(block: Block, factors: jax.Array) -> list[Tensor]:
-    """Each layer multiplied by its factor, in float32 or a wider type.
-
-    Args:
-      block: of any inexact dtype.
-      factors: of shape ``(L,)``.
-
-    Returns:
-      The block.
+    """Each of L layers multiplied by its factor, in float32 or a wider type.
 
     Example:
       >>> stack = Layers(jnp.array([[3.0, 4.0], [6.0, 8.0]]), axes=(0,), layers=(0, 1))

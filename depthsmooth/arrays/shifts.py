@@ -39,9 +39,6 @@ def apply(stencil: Stencil, tensor: Tensor, halos: Sequence[Halo] | None = None)
       tensor: the layers, of any inexact dtype. Each layer is held once.
       halos: what :func:`~depthsmooth.arrays.halos.exchange` gives for these, if it is at hand.
 
-    Returns:
-      The mixed layers, in the same shapes and shardings, in float32 at least.
-
     Example:
       >>> halves = Stencil((-1, 1), np.array([[0, 0.5, 1], [1, 0.5, 0]]))
       >>> stack = Layers(jnp.array([1.0, 2.0, 5.0]), axes=(0,), layers=(0, 1, 2))
@@ -106,10 +103,6 @@ def _one_by_one(pieces: Sequence[Layers], sources: Sources, like: Layers) -> jax
 
 def scaled_stencil(stencil: Stencil, factors: jax.Array) -> Stencil:
     r"""The operator that scales each layer first: :math:`S\, \mathrm{diag}(\mathrm{factors})`.
-
-    Args:
-      stencil: S.
-      factors: one for each layer, of shape ``(L,)`` or longer.
 
     Example:
       >>> halves = Stencil((-1, 1), np.array([[0, 0.5, 1], [1, 0.5, 0]]))

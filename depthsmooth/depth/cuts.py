@@ -32,13 +32,9 @@ def check_cuts(cuts: Cuts) -> None:
 def cuts_of_groups(
     cuts: Cuts, depth: Depth, within: Layout, masked: Sequence[str]
 ) -> dict[str, Sequence[int]]:
-    """The cuts of each group.
+    """The cuts of each group of ``depth``, which has the leaves that are there.
 
-    Args:
-      cuts: as a user gives them.
-      depth: of the leaves that are there.
-      within: as it was given: of all the leaves, also those that are masked.
-      masked: the paths of these.
+    ``within`` is the layout as it was given: of all the leaves, also those that are masked.
 
     Raises:
       ValueError: if there is no such group, or it does not have that many layers, or rules

@@ -41,12 +41,6 @@ def parts_of(model: object) -> Parts:
       and flags: the leaves of ``eqx.filter(model, eqx.is_inexact_array)``;
     - of any other tree: all leaves.
 
-    Args:
-      model: a module or a tree. ``jax.ShapeDtypeStruct`` may stand for arrays.
-
-    Returns:
-      Its parts.
-
     Example:
       >>> parts = parts_of({"act": jnp.tanh, "w": jax.ShapeDtypeStruct((2,), "float32")})
       >>> parts.paths
@@ -71,12 +65,6 @@ def ends_of_perceptrons(model: object) -> set[str]:
 
     By its definition these lead from the inputs to the hidden units, and from these to the
     outputs, and are no hidden layers; also where the sizes happen to be the same.
-
-    Args:
-      model: as users have it.
-
-    Returns:
-      The paths.
     """
     equinox = sys.modules.get("equinox")
     if equinox is None:

@@ -149,14 +149,7 @@ def check_tensors(
 ) -> None:
     """Raises unless a tensor has one shape in all layers, and is in each just once.
 
-    Args:
-      source: what says so.
-      places: from path to place.
-      shapes: from path to shape.
-      remedy: against layers of different shapes, where it is not that of a rule.
-
-    Raises:
-      ValueError: if it has several, or is twice in one.
+    ``source`` is what says so, ``remedy`` what to do where it is no rule.
     """
     first: dict[tuple[str, str], str] = {}
     held: dict[tuple[str, str, int], str] = {}

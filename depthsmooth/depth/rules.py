@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from depthsmooth.depth import rule_checks as checks
+from depthsmooth.depth.fitting import axes_name
 from depthsmooth.depth.leaves import Axes, Place, Shape, stacked
 from depthsmooth.depth.names.families import Family, name_kinds
 from depthsmooth.depth.names.nodes import Known, Node
@@ -34,14 +35,17 @@ class Rule:
     containers: tuple[tuple[str, Rule], ...] = ()
 
     def __str__(self) -> str:
-        if self.containers:
-            return f"sequence({', '.join(f'{name!r}: {rule}' for name, rule in self.containers)})"
-        axes = ", ".join(map(str, self.axes))
+        """The rule as users write it."""
+        containers = [
+            repr(name) if rule == Rule() else f"({name!r}, {rule})"
+            for name, rule in self.containers
+        ]
+        if containers:
+            return f"sequence({', '.join(containers)})"
+        axes = str(self.axes[0] if len(self.axes) == 1 else self.axes)
         if self.numbered:
             return f"interleaved({axes})" if self.axes else "numbered()"
-        return (
-            f"axes {axes}" if len(self.axes) > 1 else f"axis {axes}" if self.axes else "one layer"
-        )
+        return axes
 
     @property
     def by_number(self) -> str:
@@ -146,11 +150,7 @@ def sequence(*containers: str | tuple[str, RuleLike]) -> Rule:
 
 
 def as_rule(pattern: object, rule: object) -> Rule:
-    """The rule of a pattern as users give it.
-
-    Raises:
-      ValueError: if the pattern is no regular expression, or the rule is none.
-    """
+    """The rule of a pattern, as users give it; raises unless they are a pattern and a rule."""
     try:
         re.compile(pattern)  # type: ignore[call-overload]
         known = isinstance(pattern, str)
@@ -189,12 +189,7 @@ class AxisError(ValueError):
 def match(
     rules: Mapping[str, Rule], shapes: Mapping[str, Shape], masked: Sequence[str]
 ) -> dict[str, Place]:
-    """The place of every leaf that a rule matches.
-
-    Args:
-      rules: from pattern to rule.
-      shapes: from path to shape.
-      masked: paths where leaves are hidden, which no rule has to find.
+    """The place of every leaf that a rule matches. No rule has to find what is masked.
 
     Raises:
       ValueError: if a rule fits the leaves in no way, or would mix nothing, or two rules
@@ -262,9 +257,9 @@ def _add(places: dict[str, Place], rule: Rule, found: Found, start: int) -> int:
         first = found.members[0]
         if counts[leaf.path] != counts[first.path]:
             raise AxisError(
-                f"{leaf} has {counts[leaf.path]} layers on {rule}, but {first} of the same rule "
-                f"{found.pattern!r} has {counts[first.path]}. The leaves of a rule share their "
-                "layers: give each stack a rule of its own, or correct the axis."
+                f"{leaf} has {counts[leaf.path]} layers on {axes_name(rule.axes)}, but {first} of "
+                f"the same rule {found.pattern!r} has {counts[first.path]}. The leaves of a rule "
+                "share their layers: give each stack a rule of its own, or correct the axis."
                 f"{checks.if_siblings(found)}"
             )
     numbers = _numbers(found)

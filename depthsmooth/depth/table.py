@@ -12,7 +12,7 @@ from depthsmooth.depth.rules import Rule
 
 def rules_as_table(rules: Iterable[tuple[str, Rule]]) -> str:
     """The rules that have not met a tree, a row for each."""
-    rows = [(pattern, _rule_name(rule)) for pattern, rule in rules]
+    rows = [(pattern, str(rule)) for pattern, rule in rules]
     return (
         f"{_plain([('rule', 'axis'), *rows])}\n"
         "not matched with a tree yet: print(depth.resolve(params)) shows what they match"
@@ -37,11 +37,6 @@ def leaves_as_table(of_all: Sequence[Leaf], layers: Mapping[str, int]) -> str:
         return _plain(rows)
     rows.append(("left alone", "", "", *_size(alone), ""))
     return f"{_plain(rows)}\nleft alone: {some([str(leaf) for leaf in alone])}"
-
-
-def _rule_name(rule: Rule) -> str:
-    plain = rule.axes and not rule.numbered and not rule.containers
-    return ", ".join(map(str, rule.axes)) if plain else str(rule)
 
 
 def _axes_column(axes: Sequence[int]) -> str:

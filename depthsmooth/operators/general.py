@@ -189,14 +189,6 @@ def operator_matrix(
 def stencil_for(operator: Operator, layers: int, count: jax.typing.ArrayLike) -> Stencil:
     """The stencil of an operator for one run of layers. A single layer is left as it is.
 
-    Args:
-      operator: the operator.
-      layers: the number of layers L.
-      count: the step.
-
-    Returns:
-      The stencil.
-
     Raises:
       ValueError: if the operator gives something else.
     """

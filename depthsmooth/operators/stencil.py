@@ -102,14 +102,7 @@ class Stencil:
 
 
 def exists(offsets: tuple[int, ...], layers: int) -> np.ndarray:
-    """Tells for each offset and layer whether that neighbour exists.
-
-    Args:
-      offsets: neighbours relative to a layer.
-      layers: number of layers L.
-
-    Returns:
-      Boolean array of shape ``(len(offsets), L)``.
+    """Whether there is a neighbour at each offset of each layer, of shape ``(len(offsets), L)``.
 
     Example:
       >>> exists((-1, 0, 1), 3).astype(int)
@@ -151,9 +144,7 @@ def matrix_of(stencil: Stencil) -> np.ndarray | jax.Array:
 def stencil_of(matrix: np.ndarray | jax.Array, radius: int | None = None) -> Stencil:
     """The operator of a matrix: the main diagonal, and others that are not known to be 0.
 
-    Args:
-      matrix: of shape ``(L, L)``.
-      radius: how far from the middle one there are diagonals, if that is known.
+    ``radius`` is how far from the middle one there are diagonals, if that is known.
 
     Example:
       >>> stencil_of(np.array([[1, 0, 1], [0, 1, 0], [0, 0, 1]])).offsets

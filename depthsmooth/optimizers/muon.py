@@ -113,9 +113,7 @@ def muon_over_depth(
         """The optimizer of one tree, whose paths and shapes tell everything."""
         found = depth_in(tree, depth)
         numbers = muon_dimension_numbers(found, tree) if given is None else given(tree)
-        _check_whole(found, tree, _of_leaves(numbers, tree))
-        if of_muon.get("adaptive"):
-            _check_alone(found, tree, _of_leaves(numbers, tree))
+        _check_whole(found, tree, _of_leaves(numbers, tree), bool(of_muon.get("adaptive")))
         # A learning rate of -1 leaves the steps as they are: positive. Trees may be callable.
         orthogonal = optax.contrib.muon(
             -1.0, muon_weight_dimension_numbers=lambda _: numbers, **of_muon
@@ -233,8 +231,13 @@ def _axes(axes: int | Sequence[int]) -> tuple[int, ...]:
     return (axes,) if isinstance(axes, int) else tuple(axes)
 
 
-def _check_whole(depth: Depth, tree: optax.Params, numbers: optax.Params) -> None:
-    """Raises if a matrix has parts of several layers, or a device has a part of it alone."""
+def _check_whole(
+    depth: Depth, tree: optax.Params, numbers: optax.Params, is_adaptive: bool
+) -> None:
+    """Raises if a matrix has parts of several layers, or a device has a part of it alone.
+
+    Or if a stack is made orthogonal, and is then scaled by one dual norm.
+    """
     whole = {leaf.path: leaf.shape for leaf in depth.leaves}
     leaves = depth.map(lambda path, leaf, place: (path, leaf, place), tree)
 
@@ -251,6 +254,12 @@ def _check_whole(depth: Depth, tree: optax.Params, numbers: optax.Params) -> Non
                 f"{', '.join(map(str, place.axes))}, which {one} would make a part of each "
                 "matrix. Name other axes, or leave muon_weight_dimension_numbers out."
             )
+        if is_adaptive and place is not None and place.axes:
+            raise ValueError(
+                f"{shown(path, whole[path])} holds {len(place.layers)} layers, but adaptive=True "
+                "scales each leaf by one number: leave it out, or give each layer leaves of its "
+                "own."
+            )
         spec = jax.typeof(leaf).sharding.spec if hasattr(leaf, "dtype") else ()
         by_type = [axis for axis in axes if spec and spec[axis] is not None]
         in_parts = [axis for axis in axes if leaf.shape[axis] != whole[path][axis]]
@@ -263,21 +272,3 @@ def _check_whole(depth: Depth, tree: optax.Params, numbers: optax.Params) -> Non
             )
 
     jax.tree.map(check, numbers, leaves, is_leaf=_is_one)
-
-
-def _check_alone(depth: Depth, tree: optax.Params, numbers: optax.Params) -> None:
-    """Raises if a stack is made orthogonal, which one dual norm would be taken of."""
-    places = depth.map(lambda path, leaf, place: (path, leaf, place), tree)
-
-    def check(
-        one: optax.contrib.MuonDimensionNumbers | None, at: tuple[str, jax.Array, Place | None]
-    ) -> None:
-        path, leaf, place = at
-        if one is not None and place is not None and place.axes:
-            raise ValueError(
-                f"{shown(path, leaf.shape)} holds {len(place.layers)} layers, but adaptive=True "
-                "scales each leaf by one number: leave it out, or give each layer leaves of its "
-                "own."
-            )
-
-    jax.tree.map(check, numbers, places, is_leaf=_is_one)

@@ -55,7 +55,7 @@ class Doubt:
         """The rules that fit the leaves, as users write them."""
         pattern = self.pattern(shapes)
         fitting = [rule for rule in self.rules if _fits(rule, pattern, shapes)]
-        return tuple(dict.fromkeys(map(_written, fitting)))
+        return tuple(dict.fromkeys(map(str, fitting)))
 
     def sentence(self, pattern: str, readings: Sequence[str]) -> str:
         """What is not certain of the leaves, and what to say of them."""
@@ -75,20 +75,6 @@ def _fits(rule: Rule, pattern: str, shapes: Mapping[str, Shape]) -> bool:
         return bool(match({pattern: rule}, shapes, []))
     except ValueError:
         return False
-
-
-def _written(rule: Rule) -> str:
-    """A rule as users write it."""
-    axes = str(rule.axes if len(rule.axes) != 1 else rule.axes[0])
-    if rule.containers:
-        parts = [
-            repr(name) if inner == Rule() else f"({name!r}, {_written(inner)})"
-            for name, inner in rule.containers
-        ]
-        return f"sequence({', '.join(parts)})"
-    if rule.numbered:
-        return f"interleaved({axes})" if rule.axes else "numbered()"
-    return axes
 
 
 def doubts_among(family: Family, kinds: Sequence[Family], parts: bool) -> list[Doubt]:
@@ -177,11 +163,7 @@ def alike_among(kinds: Iterable[Family]) -> list[Family]:
 def doubt_siblings(family: Family, why: str, grave: bool, has_holes: bool = False) -> Doubt:
     """A doubt of siblings each of which may be one layer.
 
-    Args:
-      family: the siblings.
-      why: what speaks against it.
-      grave: whether they look like layers.
-      has_holes: whether numbers are missing among theirs and those of their other siblings.
+    ``has_holes`` tells whether numbers are missing among theirs and those of their other siblings.
     """
     numbers = [*family.members]
     steps = {two - one for one, two in itertools.pairwise(numbers)}
@@ -213,15 +195,7 @@ def doubt_stacks(family: Family, why: str, grave: bool) -> Doubt:
 def doubt_stack(
     node: Node, nodes: Sequence[Node], why: str, rules: Iterable[Rule], grave: bool = True
 ) -> Doubt:
-    """A doubt of what may be one stack.
-
-    Args:
-      node: a container.
-      nodes: those below it, or itself, that are stacked.
-      why: what speaks against it.
-      rules: those that it could be read by.
-      grave: whether it looks like layers.
-    """
+    """A doubt of what may be one stack: nodes below a container, or the container itself."""
     above = f"{re.escape(node.path)}{_sign_below(node)}" if node.path else ""
     start = len(node.path) + 1 if node.level else 0
     keys = [re.escape(part.path[start:]) for part in nodes]

@@ -337,10 +337,8 @@ def besides_layers(
 ) -> list[Node]:
     """The children of a node that are no layers.
 
-    Args:
-      node: the node.
-      layers_among: the siblings of a family that are layers, or named so and nothing else;
-        it is also told whether the families are the parts of blocks.
+    ``layers_among`` gives the siblings of a family that are layers, or named so and nothing else.
+    It is also told whether the families are the parts of blocks.
     """
     families = families_of(node)
     parts = are_block_parts(families)

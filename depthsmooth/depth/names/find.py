@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 import jax
 import optax
@@ -57,20 +57,17 @@ class AmbiguousDepthError(ValueError):
         self.readings = dict(readings)
 
 
-def find_depth(
-    params: optax.Params, *, metadata: bool = True, known: Layout | None = None
-) -> Depth:
+def find_depth(params: optax.Params, *, known: Layout | None = None) -> Depth:
     """Finds where depth is from a parameter tree alone, or refuses to guess.
 
     Prefer :func:`depthsmooth.trace_depth`, which sees what the model does with its
-    parameters: names can be misread. Only paths, shapes and dtypes are read.
+    parameters: names can be misread. Only paths, shapes, dtypes and the axis names that boxes
+    carry (``nn.Partitioned``, ``nn.LogicallyPartitioned``, ``nnx.Param``) are read. Axis names are
+    believed where there is one for each axis.
 
     Args:
       params: the tree that the optimizer will be given: arrays or
         ``jax.ShapeDtypeStruct``, in the boxes of Flax or plain.
-      metadata: whether to read the axis names that boxes carry
-        (``nn.Partitioned``, ``nn.LogicallyPartitioned``, ``nnx.Param``). They are
-        believed where there is one for each axis.
       known: a Depth, like ``Depth.from_rules({pattern: rule})``, of leaves that need not
         be found: what settles a refusal. The rule ``()`` is for those that hold no layers.
 
@@ -97,27 +94,33 @@ def find_depth(
             f"known is a {type(known).__name__}, but has to be a Depth, like "
             "Depth.from_rules({pattern: rule})."
         )
-    check_whole(leaves_of(params)[0])
-    arrays = _leaves_with_names(params, metadata)
-    leaves = [Known(path, shape_of(array), names) for path, array, names in arrays]
+    arrays = leaves_of(params)[0]
     said = Depth() if known is None else known.resolve(params)
+    return _found(arrays, _axis_names_in(params), said)
+
+
+def _found(
+    arrays: Sequence[tuple[str, jax.Array]], axis_names: Iterable[tuple[str, ...]], said: Depth
+) -> Depth:
+    """The Depth of leaves, of which some places and the names of some axes are known."""
+    check_whole(arrays)
     mixable = [
-        leaf
-        for leaf, (_, array, _) in zip(leaves, arrays, strict=True)
-        if leaf.path not in said and is_mixable(array)
+        Known(path, shape_of(array), names)
+        for (path, array), names in zip(arrays, axis_names, strict=True)
+        if path not in said and is_mixable(array)
     ]
     search = _Search(mixable)
     doubts = _doubts_of(search, mixable, any(len(track.present) > 1 for track in said.tracks))
-    shapes = {leaf.path: leaf.shape for leaf in leaves}
+    shapes = {path: shape_of(array) for path, array in arrays}
     if doubts:
         raise _refusal(doubts, shapes)
-    if leaves and not search.places and not said:
+    if arrays and not search.places and not said:
         raise DepthNotFoundError(
             f"Nothing in the tree is certain to be layers; it has {some(named(shapes))}. Let "
             "trace_depth(fn, params, batch) follow the parameters through the forward pass, or "
             "say where depth is with Depth.from_rules({'.*layers/.*': axis})."
         )
-    found = _leaves_found(search, [(path, array) for path, array, _ in arrays])
+    found = _leaves_found(search, arrays)
     if search.places:
         return joined(Depth(found), said)
     return Depth(tuple(dataclasses.replace(leaf, place=said.get(leaf.path)) for leaf in found))
@@ -381,22 +384,12 @@ def _stacked_with(leaf: Known, node: Node, settled: Set[str]) -> list[Node]:
     return [Node(leaf.path, (leaf,), len(leaf.keys))]
 
 
-def _leaves_with_names(
-    tree: optax.Params, metadata: bool
-) -> list[tuple[str, jax.Array, tuple[str, ...]]]:
-    """The leaves with their paths and the names that their boxes give to their axes."""
-    boxes = jax.tree_util.tree_leaves(
-        tree, is_leaf=lambda node: metadata and _axis_names(node) is not None
-    )
-    names = [
-        tuple(map(str, _axis_names(box) or ())) if metadata else ()
-        for box in boxes
-        for _ in jax.tree_util.tree_leaves(box)
-    ]
-    return [
-        (path, array, axes if len(axes) == len(shape_of(array)) else ())
-        for (path, array), axes in zip(leaves_of(tree)[0], names, strict=True)
-    ]
+def _axis_names_in(tree: optax.Params) -> Iterator[tuple[str, ...]]:
+    """For each leaf the names that its box gives to its axes, if there is one for each."""
+    for box in jax.tree.leaves(tree, is_leaf=lambda node: _axis_names(node) is not None):
+        names = tuple(map(str, _axis_names(box) or ()))
+        for leaf in jax.tree.leaves(box):
+            yield names if len(names) == len(shape_of(leaf)) else ()
 
 
 def _axis_names(box: object) -> tuple[object, ...] | None:
@@ -417,8 +410,10 @@ def depth_in(tree: optax.Params, depth: Layout | None) -> Depth:
     if depth is not None:
         return depth.resolve(tree)
     without = "No depth= was given, so layers were looked for by name."
+    arrays = leaves_of(tree)[0]
     try:
-        return find_depth(tree, metadata=False)
+        # Parameters may be in boxes whose axes have names, and updates in none.
+        return _found(arrays, [()] * len(arrays), Depth())
     except DepthNotFoundError as error:
         raise DepthNotFoundError(f"{without} {error}") from None
     except AmbiguousDepthError as error:

@@ -57,15 +57,9 @@ def backwards(dimension: Dimension) -> Dimension:
 
 
 def spans_of(factors: Sequence[Factor], origin: Origin) -> list[Span] | None:
-    """What factors run along step by step.
+    """What factors, outer to inner, run along step by step: one span of each axis.
 
-    Args:
-      factors: outer to inner.
-      origin: where on each axis they begin.
-
-    Returns:
-      One span of each axis; None if the factors of an axis are not together, not in
-      order, or leave steps out.
+    None if the factors of an axis are not together, not in order, or leave steps out.
 
     Example:
       >>> spans_of([Factor(1, -4, 3), Factor(1, -1, 4)], origin=(0, 2))

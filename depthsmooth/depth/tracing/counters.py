@@ -76,13 +76,6 @@ def fold(
 ) -> Number | None:
     """The numbers that a primitive makes of others; None where they are not known.
 
-    Args:
-      primitive: its name.
-      numbers: its operands.
-      before: the shapes of its operands.
-      result: the shape of its result.
-      params: its parameters.
-
     Example:
       >>> fold("add", [Number(0, 1, 6, (7,)), Number(3)], [(), ()], (), {})
       Number(start=3, step=1, length=6, loop=(7,))

@@ -128,10 +128,8 @@ class Composition:
 
         Told by the tensors that they have in common: of these one has to meet what the node
         before has made of its own, and none the other way round. Parameters that are
-        brought together before data meets them, like those of experts, have no order.
-
-        Returns:
-          The nodes; None if data does not go through them like that.
+        brought together before data meets them, like those of experts, have no order. None if data
+        does not go through them like that.
         """
         tensors = {
             node.path: {

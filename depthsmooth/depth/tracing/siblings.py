@@ -24,10 +24,7 @@ from depthsmooth.depth.tracing.evidence import Findings
 def place_siblings(findings: Findings, node: Node, ends: Set[str]) -> None:
     """Places the siblings below a node that are layers; within layers nothing else is.
 
-    Args:
-      findings: where they are placed.
-      node: the node.
-      ends: the paths of siblings that are known to be the first and the last of a perceptron.
+    ``ends`` are the paths of those that are known to be the first and the last of a perceptron.
     """
     for child in besides_layers(node, functools.partial(_layers_among, findings, ends)):
         if not child.is_leaf:
@@ -118,9 +115,7 @@ def _doubt_of_names(
 def place_indexed(findings: Findings, stacked: Set[int]) -> None:
     """Places the stacks whose slices are taken one by one, as by ``w[0]`` and ``w[1]``.
 
-    Args:
-      findings: where they are placed, and what is placed already.
-      stacked: the leaves that loops over layers take slices of.
+    ``stacked`` are the leaves that loops over layers take slices of.
     """
     found: dict[tuple[int, str], dict[int, tuple[int, list[int]]]] = {}
     for leaf in findings.composition.pieces:
