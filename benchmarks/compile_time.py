@@ -1,15 +1,15 @@
 """How long a jitted update takes to trace, lower and compile, against a stencil written by hand.
 
 ``python -m benchmarks.compile_time`` prints medians of ratios within rounds, for 1,000 stacked
-leaves and for 48 blocks of 16 leaves each: the smoothing alone, and AdamW with it. By hand it is
-the window for that very tree, in a few lines of ``jax.numpy``.
+leaves, for 48 blocks of 16 leaves each and for the same blocks stacked: the smoothing alone, and
+AdamW with it. By hand it is the window for that very tree, in a few lines of ``jax.numpy``.
 """
 
 import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -38,11 +38,12 @@ class Model(NamedTuple):
 @jax.jit
 def stack_by_hand(update: jax.Array) -> jax.Array:
     """The window over axis 0."""
+    others = [(0, 0, 0)] * (update.ndim - 1)
 
     def shifted(offset: int) -> jax.Array:
-        return jax.lax.pad(update, 0.0, [(offset, -offset, 0), (0, 0, 0), (0, 0, 0)])
+        return jax.lax.pad(update, 0.0, [(offset, -offset, 0), *others])
 
-    own = np.full((len(update), 1, 1), 1 - ALPHA, "float32")
+    own = np.full((len(update), *[1] * len(others)), 1 - ALPHA, "float32")
     own[[0, -1]] = 1 - ALPHA / 2
     return own * update + ALPHA / 2 * shifted(-1) + ALPHA / 2 * shifted(1)
 
@@ -63,42 +64,49 @@ def blocks_by_hand(updates: Tree) -> Tree:
 
 
 def models(leaves: int, blocks: int) -> dict[str, Model]:
-    """The two trees, of that many stacked leaves and of that many blocks."""
+    """The trees, of that many stacked leaves and of that many blocks, unrolled and stacked."""
     matrix, vector = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((64, 64), (64,)))
     stack = jax.ShapeDtypeStruct((24, 64, 64), "float32")
     block = {f"w{j}": matrix for j in range(10)} | {f"b{j}": vector for j in range(6)}
+    stacked = {
+        name: jax.ShapeDtypeStruct((blocks, *leaf.shape), "float32") for name, leaf in block.items()
+    }
+
+    def of_stacks(stacks: dict[str, jax.Array]) -> Model:
+        rules = ds.Depth.from_rules({"layers/.*": 0})
+        return Model(
+            {"layers": stacks}, rules, lambda updates: jax.tree.map(stack_by_hand, updates)
+        )
+
     return {
-        f"{leaves:,} stacked leaves": Model(
-            {"layers": {f"w{j}": stack for j in range(leaves)}},
-            ds.Depth.from_rules({"layers/.*": 0}),
-            lambda updates: jax.tree.map(stack_by_hand, updates),
-        ),
+        f"{leaves:,} stacked leaves": of_stacks({f"w{j}": stack for j in range(leaves)}),
         f"{blocks} blocks of 16 leaves": Model(
             {f"block_{k}": block for k in range(blocks)},
             ds.Depth.from_rules({r"block_(\d+)/.*": ds.numbered()}),
             blocks_by_hand,
         ),
+        "the same, stacked": of_stacks(stacked),
     }
 
 
 def arms(model: Model) -> dict[str, optax.GradientTransformation]:
     """The smoothing alone, and AdamW with it; ours beside the one by hand."""
     by_hand = optax.stateless(lambda updates, _: model.by_hand(updates))
-    adamw = optax.chain(
-        optax.scale_by_adam(),
-        by_hand,
-        optax.add_decayed_weights(1e-4),
-        optax.scale_by_learning_rate(3e-4),
-    )
+    after = optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(3e-4)
     return {
         "smoothing by hand": by_hand,
         "smooth_over_depth": ds.smooth_over_depth(ALPHA, depth=model.depth),
-        "AdamW with it by hand": adamw,
+        "AdamW": optax.chain(optax.scale_by_adam(), *after),
+        "AdamW with it by hand": optax.chain(optax.scale_by_adam(), by_hand, *after),
         "ds.adamw": ds.adamw(3e-4, alpha=ALPHA, depth=model.depth),
     }
 
 
-BESIDE = {"smooth_over_depth": "smoothing by hand", "ds.adamw": "AdamW with it by hand"}
+BESIDE = {
+    "smooth_over_depth": "smoothing by hand",
+    "AdamW": "AdamW with it by hand",
+    "ds.adamw": "AdamW with it by hand",
+}
 
 
 def seconds(tx: optax.GradientTransformation, params: Tree) -> list[float]:
@@ -115,22 +123,41 @@ def seconds(tx: optax.GradientTransformation, params: Tree) -> list[float]:
     return [*(b - a for a, b in itertools.pairwise(times)), times[-1] - times[0]]
 
 
-def measure(model: Model, rounds: int) -> dict[str, dict[str, float]]:
-    """For each arm the medians of each stage's time over the whole time of the arm by hand."""
-    compared = arms(model)
-    taken = [
-        {name: seconds(tx, model.params) for name, tx in compared.items()}
+def measure(
+    trees: dict[str, Model], rounds: int
+) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, float]]:
+    """Medians of ratios within rounds.
+
+    For each tree and arm those of each stage's time to the whole time of the arm by hand. And for
+    each arm that of the whole time for blocks of their own to that for blocks that are stacked.
+    """
+    taken: list[dict[str, dict[str, list[float]]]] = [
+        {
+            tree: {arm: seconds(tx, model.params) for arm, tx in arms(model).items()}
+            for tree, model in trees.items()
+        }
         for _ in tqdm.trange(rounds, leave=False)
     ]
-    return {
-        name: {
-            stage: round(
-                statistics.median(r[name][k] / r[BESIDE.get(name, name)][-1] for r in taken), 2
-            )
-            for k, stage in enumerate(STAGES)
+    ratios = {
+        tree: {
+            arm: {
+                stage: _median(r[tree][arm][k] / r[tree][BESIDE.get(arm, arm)][-1] for r in taken)
+                for k, stage in enumerate(STAGES)
+            }
+            for arm in of_tree
         }
-        for name in compared
+        for tree, of_tree in taken[0].items()
     }
+    _, blocks, stacked = trees
+    unrolled = {
+        arm: _median(r[blocks][arm][-1] / r[stacked][arm][-1] for r in taken)
+        for arm in taken[0][blocks]
+    }
+    return ratios, unrolled
+
+
+def _median(ratios: Iterable[float]) -> float:
+    return round(statistics.median(ratios), 2)
 
 
 def main() -> None:
@@ -138,13 +165,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     rounds = parser.parse_args().rounds
-    ratios = {name: measure(model, rounds) for name, model in models(1000, 48).items()}
+    ratios, unrolled = measure(models(1000, 48), rounds)
     unit = "the whole time of the same by hand: trace, lower and compile"
-    results.write("compile_time", {"unit": unit, "ratios": ratios, "rounds": rounds})
+    measured = {"unit": unit, "ratios": ratios, "unrolled": unrolled, "rounds": rounds}
+    results.write("compile_time", measured)
     for tree, of_arms in ratios.items():
         print(f"{tree:24}" + "".join(f"{stage:>9}" for stage in STAGES))
         for name, of_stages in of_arms.items():
             print(f"  {name:22}" + "".join(f"{of_stages[stage]:9.2f}" for stage in STAGES))
+    print("48 blocks of their own, over 48 that are stacked")
+    for name, ratio in unrolled.items():
+        print(f"  {name:22}{ratio:9.2f}")
 
 
 if __name__ == "__main__":

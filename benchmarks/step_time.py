@@ -8,6 +8,7 @@ variant. It prints medians of ratios within rounds, over the unsmoothed step.
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -65,11 +66,12 @@ def measure(width: int, rounds: int) -> dict[str, float]:
     steps = {name: step_of(tx) for name, tx in chains.items()}
     held = {name: (jax.tree.map(jnp.copy, params), tx.init(params)) for name, tx in chains.items()}
     taken: list[dict[str, float]] = []
+    draw = random.Random(0)
     for _ in range(rounds + 2):  # the first two compile, and fill caches
         times = {}
-        for name, step in steps.items():
+        for name in draw.sample(list(steps), len(steps)):  # else one always follows the same other
             start = time.perf_counter()
-            held[name] = jax.block_until_ready(step(*held[name], grads))
+            held[name] = jax.block_until_ready(steps[name](*held[name], grads))
             times[name] = time.perf_counter() - start
         taken.append(times)
     return {

@@ -139,7 +139,7 @@ def test_the_time_of_a_measurement_in_the_documentation_is_what_was_measured():
     assert f"or {ratios['one measurement, full']}\nwith `full=True`" in page
 
 
-@pytest.mark.parametrize("name", ["2 stacked leaves", "5 blocks of 16 leaves"])
+@pytest.mark.parametrize("name", compile_time.models(2, 5))
 def test_what_is_written_by_hand_is_the_window(name):
     """Else compile times, and times of steps, would compare different things."""
     model = compile_time.models(2, 5)[name]
@@ -152,11 +152,17 @@ def test_what_is_written_by_hand_is_the_window(name):
 
 
 def test_compile_times_are_ratios_to_what_is_by_hand():
-    ratios = compile_time.measure(compile_time.models(2, 5)["5 blocks of 16 leaves"], 1)
-    assert set(ratios) == {*compile_time.BESIDE, *compile_time.BESIDE.values()}
-    for by_hand in compile_time.BESIDE.values():
-        assert ratios[by_hand]["all"] == 1
-    assert all(sum(of[s] for s in ("trace", "lower", "compile")) > 0 for of in ratios.values())
+    trees = compile_time.models(2, 3)
+    ratios, unrolled = compile_time.measure(trees, 1)
+    assert set(ratios) == set(trees)
+    for of_arms in ratios.values():
+        assert (
+            set(of_arms) == {*compile_time.BESIDE, *compile_time.BESIDE.values()} == set(unrolled)
+        )
+        for by_hand in compile_time.BESIDE.values():
+            assert of_arms[by_hand]["all"] == 1
+        for of_stages in of_arms.values():
+            assert sum(of_stages[stage] for stage in ("trace", "lower", "compile")) > 0
 
 
 def test_times_of_steps_are_ratios_to_the_unsmoothed_step():

@@ -162,8 +162,8 @@ def test_siblings_without_a_tensor_that_others_have():
     params = {f"layers_{i}": block(names=("mlp", "o", "experts")[: 2 + i % 2]) for i in range(4)}
     depth = find_depth(params)
     assert [depth[f"layers_{i}/experts/kernel"].layer for i in (1, 3)] == [1, 3]
-    runs = {track.paths[0]: track.runs for track in depth.tracks}
-    assert runs["layers_1/experts/kernel"] == (1, 1)
+    runs = {track.paths[0]: track.spans() for track in depth.tracks}
+    assert runs["layers_1/experts/kernel"] == (1, 1, 1, 1)
     assert runs["layers_0/mlp/kernel"] == (4,)
 
 

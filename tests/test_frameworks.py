@@ -37,7 +37,7 @@ def assert_smoothed(updates, params, depth):
                 for layer, value in zip(place.layers, flat, strict=True):
                     layers.setdefault(layer, [None, None])[result] = value
         stack = [np.stack([layers[k][result] for k in sorted(layers)]) for result in (0, 1)]
-        assert track.runs == (len(layers),)
+        assert track.spans() == (len(layers),)
         np.testing.assert_allclose(
             stack[1], reference.window(stack[0], ALPHA, 0), rtol=2e-5, atol=1e-6
         )
@@ -332,8 +332,7 @@ def test_haiku(stacked):
         return model.apply(params, X[None]).var()
 
     depth = ds.trace_depth(loss, params)
-    layers = [len(track.runs) and sum(track.runs) for track in depth.tracks]
-    assert set(layers) == {4}
+    assert {track.spans() for track in depth.tracks} == {(4,)}
     assert len(depth) == (14 if stacked else 56)
     assert not any(path.startswith("linear/") for path in depth)
     if not stacked:

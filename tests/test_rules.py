@@ -106,8 +106,8 @@ def test_a_tensor_of_some_places_in_the_pattern_only():
     params["layers_2"]["router"] = ones(2, 8)
     depth = Depth.from_rules({".*": interleaved(0)}).resolve(params)
     assert depth["layers_3/router"].layers == (3, 7)
-    runs = {track.paths[0]: track.runs for track in depth.tracks}
-    assert runs["layers_2/router"] == (2, 2)
+    runs = {track.paths[0]: track.spans() for track in depth.tracks}
+    assert runs["layers_2/router"] == (1, 1, 2, 1, 1, 2)
 
 
 def test_a_sequence_of_an_interleaved_stack_and_its_remainder():
@@ -124,14 +124,14 @@ def test_a_sequence_of_an_interleaved_stack_and_its_remainder():
     depth = Depth.from_rules({"decoder/layers.*": rule}).resolve(params)
     assert depth["decoder/layers_remainder/layers_1/w"].layers == (13,)
     [track] = depth.tracks
-    assert track.runs == (14,)
+    assert track.spans() == (14,)
 
 
 def test_a_masked_container_keeps_those_beside_it_apart():
     params = {"a": {"w": ones(3, 4)}, "b": {"w": ones(4)}, "c": {"w": ones(3, 4)}}
     depth = Depth.from_rules({"[abc]/w": sequence(("a", 0), "b", ("c", 0))})
     [track] = depth.resolve(params | {"b": optax.MaskedNode()}).tracks
-    assert track.runs == (3, 3)
+    assert track.spans() == (3, 1, 3)
 
 
 @pytest.mark.parametrize("hidden", [0, 1, 5])

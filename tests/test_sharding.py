@@ -32,8 +32,8 @@ SPECS = {
     "both": {"kernel": jax.P("stage", None, "model"), "bias": jax.P("model", "stage")},
     "features over both": {"kernel": jax.P(None, ("stage", "model")), "bias": jax.P("model")},
 }
-# Operators of the same offsets are one program with other numbers. These differ in what they read:
-# both neighbours, by weights that are traced; earlier layers alone; every layer.
+# These differ in what they read: both neighbours, by weights that are traced; earlier layers alone;
+# every layer.
 OPERATORS = {
     "window": ds.window(optax.linear_schedule(0.3, 0.1, 10)),
     "ema, radius 7": ds.ema(0.5),
@@ -278,7 +278,9 @@ def test_shards_at_random(data):
     axis = data.draw(st.integers(0, 1))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     there = stencil.exists(tuple(offsets), layers)
-    operator = stencil.Stencil(tuple(offsets), rng.normal(size=there.shape) * there)
+    # What is the same in all layers is a number in the program.
+    columns = data.draw(st.sampled_from([1, layers]))
+    operator = stencil.Stencil(tuple(offsets), rng.normal(size=(len(offsets), columns)) * there)
     shape = (layers, 3) if axis == 0 else (3, layers)
     updates = jnp.asarray(rng.normal(size=shape), "float32")
 

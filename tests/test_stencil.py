@@ -166,6 +166,34 @@ def test_is_pads_and_products_only():
     assert not primitives & costly
 
 
+def test_weights_that_are_known_are_constants():
+    """Programs have them for numbers, and Stencils of the same numbers are one program."""
+
+    def kernel(alpha):
+        traced = jax.make_jaxpr(lambda x: smooth(x, alpha, 0))(random((5, 4)))
+        [call] = (eqn for eqn in traced.eqns if eqn.params.get("name") == "_shift_and_add")
+        return call
+
+    call = kernel(0.2)
+    factors = [
+        eqn.invars[0].aval.shape for eqn in call.params["jaxpr"].eqns if str(eqn.primitive) == "mul"
+    ]
+    assert len(call.invars) == 1
+    assert factors == [(), (5, 1), ()]
+    assert len(kernel(jnp.float32(0.2)).invars) == 4
+    one, same, other = (jax.tree.structure(window(alpha)(5, 0)) for alpha in (0.2, 0.2, 0.3))
+    assert one == same
+    assert one != other
+
+
+@pytest.mark.parametrize("alpha", [0.2, jnp.float32(0.2)], ids=["known", "traced"])
+def test_a_stencil_is_a_tree(alpha):
+    stencil = window(alpha)(5, 0)
+    again = jax.tree.map(lambda row: row, stencil)
+    assert again.offsets == stencil.offsets
+    np.testing.assert_array_equal(again.weights, stencil.weights)
+
+
 @pytest.mark.parametrize("spec", ["layers", "features", "both"])
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])

@@ -473,7 +473,7 @@ def test_sequences_said_by_rules_join_what_is_traced_apart():
     rule = sequence(("in_blocks", 0), "mid_block", ("out_blocks", 0))
     depth = Depth.from_rules({".*_blocks?/.*": rule}).resolve(params)
     assert depth["out_blocks/wi"].layers == (4, 5, 6)
-    assert [track.runs for track in depth.tracks] == [(7,), (7,)]
+    assert [track.spans() for track in depth.tracks] == [(7,), (7,)]
 
 
 def test_explains_what_is_left_alone():

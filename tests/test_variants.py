@@ -365,8 +365,9 @@ ROWS = np.full((2, 5), 0.5)
     ("stencil", "message"),
     [
         (ds.ema(0.5)(4, 0), r"one row of shape \(5,\) for each of the 4 offsets"),
-        (ds.Stencil((0, 0), ROWS), r"its offsets are \(0, 0\), but have to be distinct"),
-        (ds.Stencil((0, 0.5), ROWS), r"distinct whole numbers"),
+        (ds.Stencil((0, 0), ROWS), r"its offsets are \(0, 0\), but have to be a tuple"),
+        (ds.Stencil((0, 0.5), ROWS), r"distinct integers"),
+        (ds.Stencil([0, 1], ROWS), r"a tuple of distinct integers"),
         (ds.Stencil((0,), ROWS), r"one row of shape \(5,\) for each of the 1 offsets"),
         (ds.Stencil((0, 1), ROWS), r"weights\[1, 4\] is 0.5, but there is no layer 5. Make it 0"),
     ],

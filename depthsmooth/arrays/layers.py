@@ -12,6 +12,7 @@ import numpy as np
 
 from depthsmooth.depth.leaves import Axes
 from depthsmooth.mesh import AxisName, rank_along, resharded
+from depthsmooth.operators.stencil import Array
 
 STATIC = {"static": True}
 
@@ -131,7 +132,7 @@ def cast_like(mixed: jax.Array, update: jax.Array) -> jax.Array:
     return update.at[...].set(result) if jax.typeof(update).weak_type else result
 
 
-def some_of(values: jax.Array, layers: Sequence[int]) -> jax.Array:
+def some_of(values: Array, layers: Sequence[int]) -> Array:
     """The values of some layers; by a slice, which compiles better, if evenly spaced."""
     step = layers[1] - layers[0] if len(layers) > 1 else 1
     if list(layers) == list(range(len(values))):

@@ -88,7 +88,7 @@ def _of_layers(factors: jax.Array, piece: Layers) -> jax.Array:
     """The factors of the layers that an array holds."""
     if list(piece.layers) == list(range(len(factors))):
         return factors
-    return some_of(replicated(factors), piece.layers)
+    return jnp.asarray(some_of(replicated(factors), piece.layers))
 
 
 def norms(block: Block) -> jax.Array:

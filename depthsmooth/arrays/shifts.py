@@ -19,7 +19,7 @@ from depthsmooth.arrays.halos import Halo, exchange, joined, split
 from depthsmooth.arrays.layers import Layers, Tensor, pad, some_of, upcast
 from depthsmooth.arrays.reads import Sources, reads_of, shifts_in
 from depthsmooth.mesh import replicated, with_automatic_axes
-from depthsmooth.operators.stencil import Stencil, exists
+from depthsmooth.operators.stencil import Array, Stencil, exists
 
 
 def apply(stencil: Stencil, tensor: Tensor, halos: Sequence[Halo] | None = None) -> list[Layers]:
@@ -68,7 +68,7 @@ def _shift_and_add(stencil: Stencil, tensor: Tensor, halos: Sequence[Halo] | Non
     for whole, piece, reads in zip(tensor, pieces, reads_of(stencil, tensor), strict=True):
         dtype = upcast(piece.array).dtype
         taps = [
-            piece.over_layers(some_of(row, piece.layers), dtype)
+            _weights_of(row, sources, piece, dtype)
             * _gathered(pieces, sources, piece).astype(dtype)
             for row, sources in zip(stencil.weights, reads, strict=True)
             if any(source is not None for source in sources)
@@ -76,6 +76,18 @@ def _shift_and_add(stencil: Stencil, tensor: Tensor, halos: Sequence[Halo] | Non
         total = functools.reduce(jnp.add, taps) if taps else jnp.zeros_like(piece.array, dtype)
         results.append(whole.of(joined(whole, total)))
     return results
+
+
+def _weights_of(
+    row: Array, sources: Sources, piece: Layers, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """What multiplies the array: one number, if it is known to be that of all layers that read."""
+    weights = some_of(row, piece.layers)
+    if isinstance(weights, np.ndarray):
+        read = weights[[source is not None for source in sources]]
+        if (read == read[0]).all():
+            return jnp.asarray(read[0], dtype)
+    return piece.over_layers(weights, dtype)
 
 
 def _gathered(pieces: Sequence[Layers], sources: Sources, like: Layers) -> jax.Array:

@@ -317,7 +317,7 @@ class Depth(Layout, Mapping[str, Place]):
         if manual_axes():
             shapes |= {leaf.path: leaf.shape for leaf in self.leaves if leaf.path in arrays}
         reasons = {leaf.path: leaf.reason for leaf in self.leaves}
-        return _depth_of(present, shapes, places, reasons, "the Depth was made without it")
+        return depth_of(present, shapes, places, reasons, "the Depth was made without it")
 
     @property
     def group_names(self) -> set[str]:
@@ -456,7 +456,7 @@ class Rules(Layout):
         except rules_.AxisError as error:
             raise ValueError(f"{error}{hint_of_vmap(arrays)}") from None
         places = {path: place.on_devices_of(arrays[path]) for path, place in matched.items()}
-        return _depth_of(present, shapes, places, {}, "no rule matches it")
+        return depth_of(present, shapes, places, {}, "no rule matches it")
 
     @property
     def group_names(self) -> set[str]:
@@ -485,7 +485,7 @@ class Rules(Layout):
         return f"<Rules\n{self}>"
 
 
-def _depth_of(
+def depth_of(
     present: Sequence[tuple[str, jax.Array]],
     shapes: Mapping[str, Shape],
     places: Mapping[str, Place],

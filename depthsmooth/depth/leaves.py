@@ -42,14 +42,7 @@ class Place:
     shards: int = 1
 
     def on_devices_of(self, leaf: object) -> Place:
-        """The place with the shards of a leaf, if these are known.
-
-        Args:
-          leaf: an array or anything with a sharding.
-
-        Returns:
-          The place with ``shards`` set; where they are not known, as it is.
-        """
+        """The place with the shards of a leaf, if it has a sharding that tells them."""
         known = [shards_along(leaf, axis) for axis in self.axes]
         shards = [count for count in known if count is not None]
         if not shards or len(shards) < len(known):
@@ -63,14 +56,7 @@ class Place:
         return self.layers[0]
 
     def layer_shape(self, shape: Shape) -> Shape:
-        """The shape of the tensor in one layer.
-
-        Args:
-          shape: of the leaf.
-
-        Returns:
-          It without the depth axes.
-        """
+        """The shape of the tensor in one layer: that of the leaf without its depth axes."""
         return tuple(size for axis, size in enumerate(shape) if axis not in self.axes)
 
 
@@ -144,14 +130,6 @@ class Track:
     def present(self) -> list[int]:
         """The layers that are there."""
         return sorted(layer for place in self.places for layer in place.layers)
-
-    @property
-    def runs(self) -> tuple[int, ...]:
-        """The lengths of its runs of layers without a gap: a gap keeps two runs apart."""
-        starts = itertools.accumulate((0, *self.spans()))
-        return tuple(
-            n for n, start in zip(self.spans(), starts, strict=False) if start in self.held
-        )
 
     def spans(self, cuts: Sequence[int] = ()) -> tuple[int, ...]:
         """The lengths of the runs that all layers up to its last one fall into.

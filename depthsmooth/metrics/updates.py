@@ -192,13 +192,8 @@ def _neighbours(tensor: Tensor, track: Track) -> tuple[Tensor, Tensor]:
 def spectrum(products: jax.Array) -> jax.Array:
     r"""The power at each frequency over depth: :math:`p_k = \|\sum_\ell c_{k\ell} u_\ell\|^2`.
 
-    Args:
-      products: :math:`\langle u_i, u_j \rangle`, of shape ``(L, L)``.
-
-    Returns:
-      Array of shape ``(L,)``, from what is the same in all layers to what alternates from one
-      to the next; with the orthonormal cosines of the DCT-II,
-      :math:`c_{k\ell} = \sqrt{(2 - \delta_{k0})/L} \cos(\pi k (\ell + 1/2) / L)`.
+    From :math:`\langle u_i, u_j \rangle`, of shape ``(L, L)``, with the orthonormal cosines of the
+    DCT-II, :math:`c_{k\ell} = \sqrt{(2 - \delta_{k0})/L} \cos(\pi k (\ell + 1/2) / L)`.
 
     Example:
       >>> spectrum(jnp.ones((4, 4))).round(6).tolist()

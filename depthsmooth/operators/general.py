@@ -10,7 +10,6 @@ import numpy as np
 import optax
 
 from depthsmooth.operators.numbers import (
-    Array,
     Number,
     makes_operators,
     module_of,
@@ -19,7 +18,16 @@ from depthsmooth.operators.numbers import (
     rows_of,
     takes,
 )
-from depthsmooth.operators.stencil import Operator, Stencil, exists, identity, matrix_of, stencil_of
+from depthsmooth.operators.stencil import (
+    Array,
+    Operator,
+    Stencil,
+    exists,
+    identity,
+    matrix_of,
+    misfit_of,
+    stencil_of,
+)
 
 
 def from_kernel(
@@ -159,9 +167,7 @@ def compose(one: Operator, two: Operator) -> Operator:
     return operator
 
 
-def operator_matrix(
-    operator: Operator, layers: int, count: jax.typing.ArrayLike = 0
-) -> np.ndarray | jax.Array:
+def operator_matrix(operator: Operator, layers: int, count: jax.typing.ArrayLike = 0) -> Array:
     """The matrix S of an operator, for anyone to look at.
 
     Args:
@@ -200,7 +206,7 @@ def stencil_for(operator: Operator, layers: int, count: jax.typing.ArrayLike) ->
             f"{operator!r} is no operator: for {layers} layers it gives a {type(made).__name__}, "
             "but has to give a Stencil, as window(0.1) and from_matrix(matrix) do."
         )
-    wrong = made.misfit(layers)
+    wrong = misfit_of(made, layers)
     if wrong:
         raise ValueError(f"{operator!r} gives a wrong Stencil for {layers} layers: {wrong}")
     return made

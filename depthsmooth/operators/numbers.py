@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-Array = np.ndarray | jax.Array
+from depthsmooth.operators.stencil import Array
 
 
 class Number:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,11 @@ _MOST_SHIFTS = 16
 """Stencils of more offsets are dense: see benchmarks/large_radius.py."""
 
 
-Weights = np.ndarray | jax.Array | Sequence[np.ndarray | jax.Array]
+Array = np.ndarray | jax.Array
+Weights = Array | Sequence[Array]
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stencil:
     r"""An :math:`L \times L` operator over depth, kept by its diagonals.
@@ -37,14 +39,36 @@ class Stencil:
         alone; all L unless said.
     """
 
-    offsets: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    offsets: tuple[int, ...]
     weights: Weights
-    runs: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    runs: tuple[int, ...] = ()
+
+    def tree_flatten(self) -> tuple[tuple[Weights, ...], tuple[Any, ...]]:
+        """Weights that are traced, and what is static: others are constants of a program."""
+        known = self.known
+        if known is None or self.is_dense:
+            return (self.weights,), (self.offsets, self.runs)
+        return (), (self.offsets, self.runs, known.shape, known.tobytes())
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any, ...], traced: tuple[Weights, ...]) -> Stencil:
+        """The same with other traced weights."""
+        offsets, runs, *known = static
+        [weights] = traced or [np.frombuffer(known[1]).reshape(known[0])]
+        return cls(offsets, weights, runs)
 
     @property
     def layers(self) -> int:
         """The number of layers L."""
         return len(self.weights[0])
+
+    @property
+    def known(self) -> np.ndarray | None:
+        """The weights as one array, if all of them are known while tracing."""
+        if isinstance(self.weights, jax.Array):
+            return None
+        is_known = all(isinstance(row, np.ndarray) for row in self.weights)
+        return np.asarray(self.weights, float) if is_known else None
 
     @property
     def is_dense(self) -> bool:
@@ -54,42 +78,8 @@ class Stencil:
     @functools.cached_property
     def is_identity(self) -> bool:
         """Whether the operator is known, while tracing, to change nothing."""
-        if isinstance(self.weights, jax.Array):
-            return False
-        rows = zip(self.offsets, self.weights, strict=True)
-        return all(isinstance(row, np.ndarray) and (row == (k == 0)).all() for k, row in rows)
-
-    def misfit(self, layers: int) -> str:
-        """Why this is no operator for that many layers; empty if it is one.
-
-        Args:
-          layers: the number of layers L.
-
-        Returns:
-          A sentence or two.
-
-        Example:
-          >>> Stencil((0, 1), np.array([[1.0, 1.0], [0.5, 0.5]])).misfit(2)
-          'weights[1, 1] is 0.5, but there is no layer 2. Make it 0: boundaries are in the weights.'
-        """
-        distinct = {offset for offset in self.offsets if isinstance(offset, int | np.integer)}
-        if len(distinct) < len(self.offsets):
-            return f"its offsets are {self.offsets}, but have to be distinct whole numbers."
-        shapes = [np.shape(row) for row in self.weights]
-        if shapes != [(layers,)] * len(self.offsets):
-            return (
-                f"its weights are rows of shapes {shapes}, but have to be one row of shape "
-                f"({layers},) for each of the {len(self.offsets)} offsets."
-            )
-        for k, (offset, row) in enumerate(zip(self.offsets, self.weights, strict=True)):
-            beyond = ~exists((offset,), layers)[0]
-            if isinstance(row, np.ndarray) and row[beyond].any():
-                i = int(np.flatnonzero(beyond & (row != 0))[0])
-                return (
-                    f"weights[{k}, {i}] is {row[i]:g}, but there is no layer {i + offset}. Make "
-                    "it 0: boundaries are in the weights."
-                )
-        return ""
+        known = self.known
+        return known is not None and (np.equal(self.offsets, 0) == known.T).all()
 
     def neighbours(self, offset: int) -> list[int | None]:
         """For each layer the one at that offset, None where its run has none."""
@@ -99,6 +89,33 @@ class Stencil:
             for start, end in itertools.pairwise([0, *ends])
             for layer in range(start, end)
         ]
+
+
+def misfit_of(stencil: Stencil, layers: int) -> str:
+    """Why this is no operator for that many layers; empty if it is one.
+
+    Example:
+      >>> misfit_of(Stencil((0, 1), np.array([[1.0, 1.0], [0.5, 0.5]])), layers=2)
+      'weights[1, 1] is 0.5, but there is no layer 2. Make it 0: boundaries are in the weights.'
+    """
+    distinct = {offset for offset in stencil.offsets if isinstance(offset, int | np.integer)}
+    if not isinstance(stencil.offsets, tuple) or len(distinct) < len(stencil.offsets):
+        return f"its offsets are {stencil.offsets}, but have to be a tuple of distinct integers."
+    shapes = [np.shape(row) for row in stencil.weights]
+    if shapes != [(layers,)] * len(stencil.offsets):
+        return (
+            f"its weights are rows of shapes {shapes}, but have to be one row of shape "
+            f"({layers},) for each of the {len(stencil.offsets)} offsets."
+        )
+    for k, (offset, row) in enumerate(zip(stencil.offsets, stencil.weights, strict=True)):
+        beyond = ~exists((offset,), layers)[0]
+        if isinstance(row, np.ndarray) and row[beyond].any():
+            i = int(np.flatnonzero(beyond & (row != 0))[0])
+            return (
+                f"weights[{k}, {i}] is {row[i]:g}, but there is no layer {i + offset}. Make "
+                "it 0: boundaries are in the weights."
+            )
+    return ""
 
 
 def exists(offsets: tuple[int, ...], layers: int) -> np.ndarray:
@@ -120,7 +137,7 @@ def identity(layers: int) -> Stencil:
     return Stencil((0,), np.ones((1, layers)))
 
 
-def matrix_of(stencil: Stencil) -> np.ndarray | jax.Array:
+def matrix_of(stencil: Stencil) -> Array:
     """The operator as a matrix of shape ``(L, L)``.
 
     Example:
@@ -135,13 +152,13 @@ def matrix_of(stencil: Stencil) -> np.ndarray | jax.Array:
             if j is not None:
                 tap[i, j] = k
     rows = np.arange(stencil.layers)[:, None]
-    if all(isinstance(row, np.ndarray) for row in weights):
-        return np.where(tap < 0, 0.0, np.asarray(weights)[tap, rows])
+    if stencil.known is not None:
+        return np.where(tap < 0, 0.0, stencil.known[tap, rows])
     traced = weights if isinstance(weights, jax.Array) else jnp.stack(list(weights))
     return jnp.where(tap < 0, 0, traced[tap, rows])
 
 
-def stencil_of(matrix: np.ndarray | jax.Array, radius: int | None = None) -> Stencil:
+def stencil_of(matrix: Array, radius: int | None = None) -> Stencil:
     """The operator of a matrix: the main diagonal, and others that are not known to be 0.
 
     ``radius`` is how far from the middle one there are diagonals, if that is known.
@@ -175,12 +192,12 @@ def join(stencils: Sequence[Stencil]) -> Stencil:
         return stencils[0]
     offsets = tuple(sorted({offset for stencil in stencils for offset in stencil.offsets}))
 
-    def row(stencil: Stencil, offset: int) -> np.ndarray | jax.Array:
+    def row(stencil: Stencil, offset: int) -> Array:
         if offset in stencil.offsets:
             return stencil.weights[stencil.offsets.index(offset)]
         return np.zeros(stencil.layers)
 
-    def joined(rows: Sequence[np.ndarray | jax.Array]) -> np.ndarray | jax.Array:
+    def joined(rows: Sequence[Array]) -> Array:
         known = all(isinstance(row, np.ndarray) for row in rows)
         return np.concatenate(rows) if known else jnp.concatenate(rows)
 

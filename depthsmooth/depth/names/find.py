@@ -10,7 +10,6 @@ like layers is not left alone in silence: a refusal lists all of it.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -18,9 +17,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 import jax
 import optax
 
-from depthsmooth.depth.fitting import check_mixable, check_whole
-from depthsmooth.depth.layout import Depth, DepthNotFoundError, Layout, joined
-from depthsmooth.depth.leaves import Leaf, Place, Shape, shape_of
+from depthsmooth.depth.fitting import check_whole
+from depthsmooth.depth.layout import Depth, DepthNotFoundError, Layout, depth_of, joined
+from depthsmooth.depth.leaves import Place, Shape, shape_of
 from depthsmooth.depth.names import words
 from depthsmooth.depth.names.doubts import (
     Doubt,
@@ -120,24 +119,14 @@ def _found(
             "trace_depth(fn, params, batch) follow the parameters through the forward pass, or "
             "say where depth is with Depth.from_rules({'.*layers/.*': axis})."
         )
-    found = _leaves_found(search, arrays)
-    if search.places:
-        return joined(Depth(found), said)
-    return Depth(tuple(dataclasses.replace(leaf, place=said.get(leaf.path)) for leaf in found))
-
-
-def _leaves_found(search: _Search, arrays: Sequence[tuple[str, jax.Array]]) -> tuple[Leaf, ...]:
-    """The leaves of a tree with the places that a search has found, or why they have none."""
-    copies = collections.Counter(path for path, _ in arrays)
-    for path, array in arrays:
-        if path in search.places:
-            check_mixable(path, array, copies[path])
+    by_path = dict(arrays)
+    places = {path: place.on_devices_of(by_path[path]) for path, place in search.places.items()}
     alone = "it is neither numbered like a layer nor in a stack named after layers"
-    return tuple(
-        Leaf(path, shape_of(array), search.places[path].on_devices_of(array))
-        if path in search.places
-        else Leaf(path, shape_of(array), None, search.reasons.get(path, alone))
-        for path, array in arrays
+    found = depth_of(arrays, shapes, places, search.reasons, alone)
+    if places:
+        return joined(found, said)
+    return Depth(
+        tuple(dataclasses.replace(leaf, place=said.get(leaf.path)) for leaf in found.leaves)
     )
 
 
