@@ -9,7 +9,7 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -154,6 +154,20 @@ def measure(
         for arm in taken[0][blocks]
     }
     return ratios, unrolled
+
+
+def markdown(ratios: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """The whole times as a table, as docs/sharding.md has it."""
+    rows = [
+        "| | `smooth_over_depth` alone | AdamW without it | `ds.adamw` |",
+        "|---|---:|---:|---:|",
+    ]
+    for tree, of_arms in ratios.items():
+        alone, without, ours = (
+            of_arms[arm]["all"] for arm in ("smooth_over_depth", "AdamW", "ds.adamw")
+        )
+        rows.append(f"| {tree} | {alone:.2f} | {without:.2f} | {ours:.2f} |")
+    return "\n".join(rows)
 
 
 def _median(ratios: Iterable[float]) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -163,6 +164,29 @@ def test_compile_times_are_ratios_to_what_is_by_hand():
             assert of_arms[by_hand]["all"] == 1
         for of_stages in of_arms.values():
             assert sum(of_stages[stage] for stage in ("trace", "lower", "compile")) > 0
+
+
+def test_the_page_says_what_compiling_takes():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "sharding.md").read_text()
+    kept = results.read("compile_time")
+    assert compile_time.markdown(kept["ratios"]) in page
+    without, ours = (round(kept["unrolled"][arm]) for arm in ("AdamW", "ds.adamw"))
+    said = re.search(
+        r"blocks takes\s+(\d+) times as long to compile as that of the same blocks stacked, "
+        r"and with `ds.adamw` (\d+) times",
+        page,
+    )
+    assert said.groups() == (str(without), str(ours))
+
+
+def test_the_page_says_what_a_step_takes():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "sharding.md").read_text()
+    ratios = results.read("step_time")["ratios"]
+    said = re.search(
+        r"step takes (.*) times as long with smoothing, (.*) times with.*\n(.*) times", page
+    )
+    named = ("standard", "by hand", "norm_preserving")
+    assert said.groups() == tuple(str(ratios[name]) for name in named)
 
 
 def test_times_of_steps_are_ratios_to_the_unsmoothed_step():

@@ -127,6 +127,19 @@ def test_a_sequence_of_an_interleaved_stack_and_its_remainder():
     assert track.spans() == (14,)
 
 
+@pytest.mark.parametrize(
+    ("keys", "rule"),
+    [("01", ()), *((keys, numbered()) for keys in ("01", ("h_0", "h_1"), "xy"))],
+)
+def test_the_remedy_for_a_container_of_layers_works(keys, rule):
+    params = {"a": {key: {"w": ones(4)} for key in keys}, "b": {"w": ones(4)}}
+    with pytest.raises(ValueError, match="would be one layer, but holds") as error:
+        Depth.from_rules({".*": sequence(("a", rule), "b")}).resolve(params)
+    named = re.findall(r"r'(a/.*?)'", str(error.value))
+    [track] = Depth.from_rules({".*": sequence(*named, "b")}).resolve(params).tracks
+    assert track.paths == (f"a/{keys[0]}/w", f"a/{keys[1]}/w", "b/w")
+
+
 def test_a_masked_container_keeps_those_beside_it_apart():
     params = {"a": {"w": ones(3, 4)}, "b": {"w": ones(4)}, "c": {"w": ones(3, 4)}}
     depth = Depth.from_rules({"[abc]/w": sequence(("a", 0), "b", ("c", 0))})

@@ -53,11 +53,9 @@ def apply(stencil: Stencil, tensor: Tensor, halos: Sequence[Halo] | None = None)
     if stencil.is_identity:
         return [piece.of(upcast(piece.array)) for piece in tensor]
     if stencil.is_dense:
-        mixed: list[Layers] = multiply(stencil, tensor)
-    else:
-        halos = exchange(stencil, tensor) if halos is None else halos
-        mixed = _shift_and_add(stencil, tensor, halos)
-    return mixed
+        return list(multiply(stencil, tensor))
+    halos = exchange(stencil, tensor) if halos is None else halos
+    return list(_shift_and_add(stencil, tensor, halos))
 
 
 # Compiled by itself, so that tensors that are alike are traced and lowered once.

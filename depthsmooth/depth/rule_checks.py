@@ -138,9 +138,13 @@ def check_one_layer(container: str, name: str, is_numbered: bool, inside: Sequen
     are_alike = len({tuple(sorted(item.items())) for item in items.values()}) == 1
     is_list = all(map(str.isdecimal, items)) and len(items) > 1 and are_alike
     if is_list or (is_numbered and numbered_key(name)[1] is None):
+        pattern = re.sub(r"\d+$", r"\\d+", next(iter(items)))
+        is_said = all(re.fullmatch(pattern, key) for key in items)
+        keys = [pattern] if is_said else items
+        each = ", ".join(f"r'{container}/{key}'" for key in keys)
         raise ValueError(
             f"{inside[0]} is in the container {container!r}, which would be one layer, but holds "
-            f"{some(items)}. If these are layers, write r'{container}/\\d+' for it."
+            f"{some(items)}. If these are layers, write {each} for it."
         )
 
 

@@ -234,10 +234,7 @@ def _axes(axes: int | Sequence[int]) -> tuple[int, ...]:
 def _check_whole(
     depth: Depth, tree: optax.Params, numbers: optax.Params, is_adaptive: bool
 ) -> None:
-    """Raises if a matrix has parts of several layers, or a device has a part of it alone.
-
-    Or if a stack is made orthogonal, and is then scaled by one dual norm.
-    """
+    """Raises unless matrices are whole ones of one layer, each in a leaf that is scaled alone."""
     whole = {leaf.path: leaf.shape for leaf in depth.leaves}
     leaves = depth.map(lambda path, leaf, place: (path, leaf, place), tree)
 
