@@ -125,9 +125,8 @@ def _found(
     found = depth_of(arrays, shapes, places, search.reasons, alone)
     if places:
         return joined(found, said)
-    return Depth(
-        tuple(dataclasses.replace(leaf, place=said.get(leaf.path)) for leaf in found.leaves)
-    )
+    leaves = (dataclasses.replace(leaf, place=said.get(leaf.path)) for leaf in found.leaves)
+    return Depth(tuple(leaves))
 
 
 def _doubts_of(search: _Search, mixable: Sequence[Known], is_said: bool) -> list[Doubt]:
