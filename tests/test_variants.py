@@ -368,6 +368,7 @@ ROWS = np.full((2, 5), 0.5)
         (ds.Stencil((0, 0), ROWS), r"its offsets are \(0, 0\), but have to be a tuple"),
         (ds.Stencil((0, 0.5), ROWS), r"distinct integers"),
         (ds.Stencil([0, 1], ROWS), r"a tuple of distinct integers"),
+        (ds.Stencil((0, 1), [np.ones(5) * 1j, np.zeros(5)]), r"its weights are complex"),
         (ds.Stencil((0,), ROWS), r"one row of shape \(5,\) for each of the 1 offsets"),
         (ds.Stencil((0, 1), ROWS), r"weights\[1, 4\] is 0.5, but there is no layer 5. Make it 0"),
     ],
@@ -375,6 +376,13 @@ ROWS = np.full((2, 5), 0.5)
 def test_a_wrong_stencil_is_refused_on_init(stencil, message):
     with pytest.raises(ValueError, match=rf"gives a wrong Stencil for 5 layers: .*{message}"):
         ds.augment_over_depth(lambda layers, count: stencil, depth=DEPTH).init(layers())
+    for operator in (
+        lambda layers, count: stencil,
+        ds.shuffled(lambda layers, count: stencil, seed=0),
+        ds.compose(ds.window(0.1), lambda layers, count: stencil),
+    ):
+        with pytest.raises(ValueError, match=r"<lambda> gives a wrong Stencil for 5 layers"):
+            ds.operator_matrix(operator, 5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

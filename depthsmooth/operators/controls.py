@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 
-from depthsmooth.operators.general import check_operator
+from depthsmooth.operators.general import check_operator, made_by
 from depthsmooth.operators.numbers import Number
 from depthsmooth.operators.stencil import Operator, Stencil, matrix_of, stencil_of
 
@@ -81,6 +81,6 @@ def shuffled(operator: Operator, seed: int) -> Operator:
         while layers > 3 and (np.abs(np.diff(place)) == 1).any():
             place = rng.permutation(layers)
         order = np.argsort(place)
-        return stencil_of(matrix_of(operator(layers, count))[np.ix_(order, order)])
+        return stencil_of(matrix_of(made_by(operator, layers, count))[np.ix_(order, order)])
 
     return of_order

@@ -23,7 +23,6 @@ from depthsmooth.operators.stencil import (
     Operator,
     Stencil,
     exists,
-    identity,
     matrix_of,
     misfit_of,
     stencil_of,
@@ -159,7 +158,7 @@ def compose(one: Operator, two: Operator) -> Operator:
         check_operator(each)
 
     def operator(layers: int, count: jax.typing.ArrayLike) -> Stencil:
-        stencils = [each(layers, count) for each in (one, two)]
+        stencils = [made_by(each, layers, count) for each in (one, two)]
         left, right = map(matrix_of, stencils)
         radius = sum(max(map(abs, stencil.offsets), default=0) for stencil in stencils)
         return stencil_of(product(left, right), radius)
@@ -179,7 +178,7 @@ def operator_matrix(operator: Operator, layers: int, count: jax.typing.ArrayLike
       S, of shape ``(L, L)``.
 
     Raises:
-      ValueError: if the operator is none.
+      ValueError: if the operator is none, or gives a wrong stencil.
 
     Example:
       >>> import depthsmooth as ds
@@ -189,26 +188,28 @@ def operator_matrix(operator: Operator, layers: int, count: jax.typing.ArrayLike
              [0. , 0.1, 0.9]])
     """
     check_operator(operator)
-    return matrix_of(operator(layers, count))
+    return matrix_of(made_by(operator, layers, count))
 
 
 def stencil_for(operator: Operator, layers: int, count: jax.typing.ArrayLike) -> Stencil:
-    """The stencil of an operator for one run of layers. A single layer is left as it is.
-
-    Raises:
-      ValueError: if the operator gives something else.
-    """
+    """The stencil of an operator for one run of layers. A single layer is left as it is."""
     if layers == 1:
-        return identity(1)
+        return Stencil((0,), np.ones((1, 1)))
+    return made_by(operator, layers, count)
+
+
+def made_by(operator: Operator, layers: int, count: jax.typing.ArrayLike) -> Stencil:
+    """What an operator gives; raises unless that is a stencil for so many layers."""
     made = operator(layers, count)
     if not isinstance(made, Stencil):
         raise ValueError(
-            f"{operator!r} is no operator: for {layers} layers it gives a {type(made).__name__}, "
-            "but has to give a Stencil, as window(0.1) and from_matrix(matrix) do."
+            f"{name_of(operator)} is no operator: for {layers} layers it gives a "
+            f"{type(made).__name__}, but has to give a Stencil, as window(0.1) and "
+            "from_matrix(matrix) do."
         )
     wrong = misfit_of(made, layers)
     if wrong:
-        raise ValueError(f"{operator!r} gives a wrong Stencil for {layers} layers: {wrong}")
+        raise ValueError(f"{name_of(operator)} gives a wrong Stencil for {layers} layers: {wrong}")
     return made
 
 

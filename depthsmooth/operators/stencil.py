@@ -107,6 +107,8 @@ def misfit_of(stencil: Stencil, layers: int) -> str:
             f"its weights are rows of shapes {shapes}, but have to be one row of shape "
             f"({layers},) for each of the {len(stencil.offsets)} offsets."
         )
+    if any(map(np.iscomplexobj, stencil.weights)):
+        return "its weights are complex, but have to be real."
     for k, (offset, row) in enumerate(zip(stencil.offsets, stencil.weights, strict=True)):
         beyond = ~exists((offset,), layers)[0]
         if isinstance(row, np.ndarray) and row[beyond].any():
@@ -130,11 +132,6 @@ def exists(offsets: tuple[int, ...], layers: int) -> np.ndarray:
     neighbour = np.arange(layers) + np.asarray(offsets)[:, None]
     mask: np.ndarray = (neighbour >= 0) & (neighbour < layers)
     return mask
-
-
-def identity(layers: int) -> Stencil:
-    """The operator that changes nothing."""
-    return Stencil((0,), np.ones((1, layers)))
 
 
 def matrix_of(stencil: Stencil) -> Array:
