@@ -45,6 +45,7 @@ from depthsmooth.operators import (
     window,
 )
 from depthsmooth.optimizers import adamw, lion, muon, muon_dimension_numbers, normuon, sgd
+from depthsmooth.per_layer import per_layer
 from depthsmooth.transform import (
     SmoothOverDepthState,
     augment_over_depth,
@@ -84,6 +85,7 @@ __all__ = [
     "normuon",
     "numbered",
     "operator_matrix",
+    "per_layer",
     "projections",
     "read_metrics",
     "sequence",
