@@ -8,7 +8,8 @@ has a first axis for layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -79,8 +80,9 @@ def per_layer(
         )
 
     def init_fn(params: optax.Params) -> optax.OptState:
-        _check_whole_layers(tx, params, _depth_of(params, depth))
-        return for_tree(params).init(params)
+        with _named_masks(params):
+            _check_whole_layers(tx, params, _depth_of(params, depth))
+            return for_tree(params).init(params)
 
     def update_fn(
         updates: optax.Updates,
@@ -88,15 +90,36 @@ def per_layer(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        after: tuple[optax.Updates, optax.OptState] = for_tree(updates).update(
-            updates,
-            state,
-            params,
-            **{name: _of_whole_tree(name, value) for name, value in extra_args.items()},
-        )
+        extra_args = {name: _of_whole_tree(name, value) for name, value in extra_args.items()}
+        with _named_masks(updates):
+            after: tuple[optax.Updates, optax.OptState] = for_tree(updates).update(
+                updates, state, params, **extra_args
+            )
         return after
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@contextlib.contextmanager
+def _named_masks(tree: optax.Params) -> Iterator[None]:
+    """Says what to do about a mask, or labels, of the whole tree, which do not fit one layer."""
+    try:
+        yield
+    except ValueError as error:
+        leaves = leaves_of(tree)[0]
+        if "MaskedNode" not in str(error) or not leaves:
+            if "per_layer" not in str(error):
+                error.add_note("per_layer gives its transformation one layer, without depth axes.")
+            raise
+        path, leaf = leaves[0]
+        raise ValueError(
+            "The transformation in per_layer is given one layer at a time, without depth axes, "
+            "and optax.MaskedNode for all other leaves of the tree, like "
+            f"{shown(path, shape_of(leaf))}. A mask, labels or rates that are a tree do not fit "
+            "that: give a function of the tree, like mask=lambda layer: jax.tree.map(lambda leaf: "
+            "leaf.ndim > 1, layer), or take what they are for out of per_layer, into a chain with "
+            "it."
+        ) from error
 
 
 def _depth_of(tree: optax.Params, depth: Layout | None) -> Depth:

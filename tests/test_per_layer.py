@@ -1,12 +1,15 @@
 """Each layer as its own: on stacks what plain Optax does to a model that is unrolled."""
 
 import inspect
+import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 
 import depthsmooth as ds
 
@@ -366,3 +369,231 @@ def test_what_cannot_be_applied_to_a_layer_is_refused(name):
 
     with pytest.raises(ValueError, match=f"{message}.*out of per_layer, into a chain with it"):
         step()
+
+
+PARAMS = {"layers": {"k": jnp.ones((4, 6, 8)), "b": jnp.ones((4, 8))}, "head": jnp.ones((8, 3))}
+DEPTH = ds.Depth.from_rules({"layers/.*": 0}).resolve(PARAMS)
+
+
+def updated(tx, params, **extra_args):
+    return tx.update(params, tx.init(params), params, **extra_args)[0]
+
+
+MASK = jax.tree.map(lambda leaf: leaf.ndim > 2, PARAMS)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.adamw(RATE, mask=MASK),
+        optax.masked(optax.lamb(RATE), MASK),
+        optax.partition({True: optax.lamb(RATE), False: optax.sgd(RATE)}, MASK),
+        optax.stateless(lambda u, _: jax.tree.map(lambda a, b: a * b, u, MASK)),
+    ],
+)
+def test_a_mask_of_the_whole_model_is_refused_and_the_remedy_works(tx):
+    with pytest.raises(
+        ValueError, match=r"like head \(8, 3\).*give a function of the tree"
+    ) as error:
+        updated(ds.per_layer(tx, depth=DEPTH), PARAMS)
+    [said] = re.findall(r"mask=(lambda layer: .*?), or take", str(error.value))
+    masked = optax.masked(optax.set_to_zero(), eval(said))
+    after = updated(ds.per_layer(masked, depth=DEPTH), PARAMS)
+    chex.assert_trees_all_equal(
+        after,
+        {
+            "layers": {"k": jnp.zeros((4, 6, 8)), "b": jnp.ones((4, 8))},
+            "head": jnp.zeros((8, 3)),
+        },
+    )
+
+
+def test_a_mask_of_the_depth_says_where_it_is():
+    tx = ds.per_layer(optax.adamw(RATE, mask=DEPTH.decay_mask), depth=DEPTH)
+    with pytest.raises(ValueError, match="does not have the 4 layers on axis 0") as error:
+        tx.init(PARAMS)
+    assert "per_layer gives its transformation one layer" in " ".join(error.value.__notes__)
+
+
+def test_layers_that_lack_a_tensor_are_no_tree_where_one_is_needed():
+    leaves = {"w": (0, 1, 2, 3), "router": (1, 3)}
+    depth = ds.Depth(
+        tuple(
+            ds.depth.Leaf(path, (len(held), 6), ds.Place("moe", path, (0,), held, "rule"))
+            for path, held in leaves.items()
+        )
+    )
+    params = {
+        path: 1.0 + jnp.arange(len(held) * 6.0).reshape(-1, 6) for path, held in leaves.items()
+    }
+    with pytest.raises(ValueError, match=r"router \(2, 6\) and w \(4, 6\) are in the same"):
+        ds.per_layer(optax.clip_by_global_norm(1.0), depth=depth).init(params)
+    ours = updated(ds.per_layer(optax.lars(RATE), depth=depth), params)
+    for path, leaf in params.items():
+        for after, layer in zip(ours[path], leaf, strict=True):
+            np.testing.assert_allclose(after, updated(optax.lars(RATE), layer), rtol=1e-6)
+    without = optax.masked(
+        optax.clip_by_global_norm(1.0), lambda layer: {"w": True, "router": False}
+    )
+    after = updated(ds.per_layer(without, depth=depth), params)
+    np.testing.assert_allclose(jnp.linalg.norm(after["w"], axis=1), 1.0, rtol=1e-6)
+    np.testing.assert_array_equal(after["router"], params["router"])
+
+
+def test_map_params_works_inside_and_outside():
+    tx = ds.per_layer(optax.MultiSteps(optax.lamb(RATE), 2).gradient_transformation(), depth=DEPTH)
+    told = optax.tree.map_params(
+        tx,
+        lambda _, of: of,
+        tx.init(PARAMS),
+        PARAMS,
+        transform_non_params=lambda _: None,
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )
+    moments = optax.tree.get(told.inner_states["layers/.*"], "mu")
+    assert all(moments["layers"][name] is leaf for name, leaf in PARAMS["layers"].items())
+    assert optax.tree.get(told.inner_states["rest"], "mu")["head"] is PARAMS["head"]
+    rules = ds.per_layer(optax.lamb(RATE), depth=ds.Depth.from_rules({"layers/.*": 0}))
+    with pytest.raises(ValueError, match=r"rules.resolve\(params\)"):
+        optax.tree.map_params(rules, lambda _: None, rules.init(PARAMS))
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
+        lambda tx: optax.masked(tx, {"layers": {"k": True, "b": True}, "head": True}),
+        lambda tx: optax.partition({"all": tx}, {"layers": "all", "head": "all"}),
+        lambda tx: optax.apply_if_finite(tx, 3),
+        lambda tx: optax.inject_hyperparams(lambda rate: optax.chain(tx, optax.scale(rate)))(1.0),
+        lambda tx: optax.with_extra_args_support(optax.named_chain(("one", tx))),
+    ],
+)
+def test_works_within_other_transformations(around):
+    tx = ds.per_layer(optax.lamb(RATE), depth=DEPTH)
+    chex.assert_trees_all_close(updated(around(tx), PARAMS), updated(tx, PARAMS), rtol=1e-6)
+
+
+def test_a_part_that_is_masked_is_no_part_of_its_layer():
+    tx = ds.per_layer(optax.clip_by_global_norm(1.0), depth=DEPTH)
+    mask = {"layers": {"k": True, "b": False}, "head": True}
+    after = updated(optax.masked(tx, mask), PARAMS)
+    np.testing.assert_allclose(jnp.sum(after["layers"]["k"] ** 2, (1, 2)), 1.0, rtol=1e-6)
+    np.testing.assert_array_equal(after["layers"]["b"], PARAMS["layers"]["b"])
+
+
+def test_trees_among_extra_arguments_are_those_of_the_layer():
+    def update(updates, state, params=None, *, like, rate):
+        del params
+        norm = optax.tree.norm(like)
+        return jax.tree.map(lambda leaf: rate * leaf / norm, updates), state
+
+    tx = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    like = jax.tree.map(lambda leaf: jnp.cumsum(leaf, 0), PARAMS)
+    after = updated(ds.per_layer(tx, depth=DEPTH), PARAMS, like=like, rate=2.0)
+    norms = jnp.sqrt(sum(jnp.sum(leaf**2, range(1, leaf.ndim)) for leaf in like["layers"].values()))
+    np.testing.assert_allclose(after["layers"]["b"], jnp.outer(2 / norms, jnp.ones(8)), rtol=1e-6)
+
+
+def test_the_rest_may_have_a_transformation_of_its_own():
+    tx = ds.per_layer(optax.lars(RATE), depth=DEPTH, rest=optax.sgd(0.5))
+    np.testing.assert_array_equal(updated(tx, PARAMS)["head"], -0.5 * PARAMS["head"])
+
+
+def test_state_has_the_shapes_of_parameters_and_counts_once():
+    state = ds.per_layer(optax.lamb(RATE), depth=DEPTH).init(PARAMS)
+    adam = state.inner_states["layers/.*"].inner_state[0]
+    assert jax.tree.map(jnp.shape, adam.mu["layers"]) == {"k": (4, 6, 8), "b": (4, 8)}
+    assert adam.count.shape == ()
+    state = ds.per_layer(optax.adafactor(RATE, min_dim_size_to_factor=4), depth=DEPTH).init(PARAMS)
+    factored = optax.tree.get(state.inner_states["layers/.*"], "v_row")["layers"]
+    assert factored["k"].shape == (4, 6)
+    assert {leaf.shape for leaf in jax.tree.leaves(state) if leaf.dtype == "int32"} == {()}
+
+
+def test_depth_is_found_where_it_is_not_given():
+    params = {
+        f"block_{k}": {"wi": jnp.full((3, 4), 1.0 + k), "wo": jnp.full((4, 3), 1.0 + k)}
+        for k in range(3)
+    }
+    after = updated(ds.per_layer(optax.clip_by_global_norm(1.0)), params)
+    for block in after.values():
+        np.testing.assert_allclose(optax.tree.norm(block), 1.0, rtol=1e-6)
+
+
+SPLIT = {
+    "layers": {"k": jax.P("stage"), "b": jax.P("stage"), "head": jax.P()},
+    "features": {"k": jax.P(None, None, "model"), "b": jax.P(None, "model"), "head": jax.P()},
+    "both": {"k": jax.P("stage", None, "model"), "b": jax.P("stage", "model"), "head": jax.P()},
+}
+
+
+def split(tree, mesh, specs):
+    return {
+        "layers": {
+            name: jax.device_put(leaf, jax.NamedSharding(mesh, specs[name]))
+            for name, leaf in tree["layers"].items()
+        },
+        "head": jax.device_put(tree["head"], jax.NamedSharding(mesh, specs["head"])),
+    }
+
+
+def program_of(tx, state, params):
+    """The compiled update, and how often it sends what."""
+    compiled = jax.jit(tx.update).lower(params, state, params).compile()
+    sent = re.findall(
+        r"= (.*) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
+        compiled.as_text(),
+    )
+    return compiled, sent
+
+
+@pytest.mark.parametrize("spec", SPLIT)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lars", "novograd"])
+def test_layers_on_other_devices_send_nothing(name, kind, spec):
+    """Where features are split, norms of all layers are summed at once, as plain Optax sums one."""
+    mesh = jax.make_mesh((4, 2), ("stage", "model"), axis_types=(kind, kind))
+    whole = jax.tree.map(lambda leaf: jnp.cumsum(leaf, 0), PARAMS)
+    tx = ds.per_layer(TRANSFORMATIONS[name](), depth=DEPTH)
+    expected, _ = tx.update(whole, tx.init(whole), whole)
+    with jax.set_mesh(mesh):
+        params = split(whole, mesh, SPLIT[spec])
+        state = tx.init(params)
+        compiled, sent = program_of(tx, state, params)
+        after, _ = compiled(params, state, params)
+        chex.assert_trees_all_close(jax.device_get(after), expected, rtol=1e-5)
+        if spec == "layers" or name == "adamw":
+            assert sent == []
+        else:  # a number for each layer that a device has
+            layers = "1" if spec == "both" else "4"
+            assert {what for _, what in sent} == {"all-reduce"}
+            assert {n for shape, _ in sent for n in re.findall(r"f32\[(.*?)\]", shape)} == {layers}
+            plain = TRANSFORMATIONS[name]()
+            assert len(sent) <= len(program_of(plain, plain.init(params), params)[1])
+        for leaf in jax.tree.leaves(state):
+            if leaf.ndim and leaf.shape[0] == 4 and spec != "features":
+                assert leaf.sharding.spec[0] == "stage"
+        traced = jax.jit(tx.init)(params)
+        if kind == AxisType.Explicit:
+            assert jax.tree.map(jax.typeof, traced) == jax.tree.map(jax.typeof, state)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "novograd"])
+def test_in_shard_map_each_device_has_its_layers(name):
+    mesh = jax.make_mesh((4,), ("stage",), axis_types=(AxisType.Auto,))
+    whole = jax.tree.map(lambda leaf: jnp.cumsum(leaf, 0), PARAMS)
+    tx = ds.per_layer(TRANSFORMATIONS[name](), depth=DEPTH)
+    state = tx.init(whole)
+    specs = {"layers": {"k": jax.P("stage"), "b": jax.P("stage")}, "head": jax.P()}
+    of_state = jax.tree.map(
+        lambda leaf: jax.P("stage") if leaf.ndim and leaf.shape[0] == 4 else jax.P(), state
+    )
+    update = jax.shard_map(
+        tx.update,
+        mesh=mesh,
+        in_specs=(specs, of_state, specs),
+        out_specs=(specs, of_state),
+    )
+    ours, theirs = update(whole, state, whole), tx.update(whole, state, whole)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-6)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType
 
 from depthsmooth.arrays.differing import after_steps, filled
 from depthsmooth.depth.leaves import Axes
@@ -53,7 +54,7 @@ def _over_axis(
             for path, own in zip(mirrors, differ, strict=True)
         ]
         init = jax.vmap(tx.init, in_axes=(axes_of(params),), out_axes=filled(state, at))
-        return _on_devices_of(params, init, mirrors)
+        return _on_devices_of(params, init, axes, mirrors, at)
 
     def update_fn(
         updates: optax.Updates,
@@ -61,10 +62,8 @@ def _over_axis(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        after: tuple[optax.Updates, optax.OptState]
         if not jax.tree.leaves(updates):
-            after = tx.update(updates, state, params, **extra_args)
-            return after
+            return updates, state
         tree = updates if params is None else params
         layer = _one_layer(tree, axes_of(tree))
         one = jax.eval_shape(tx.init, layer)
@@ -76,7 +75,7 @@ def _over_axis(
         ]
         trees = {k: of for k, of in extra_args.items() if _shapes(of) == _shapes(updates)}
         whole = {k: value for k, value in extra_args.items() if k not in trees}
-        step = jax.vmap(
+        step: Callable[..., tuple[optax.Updates, optax.OptState]] = jax.vmap(
             lambda updates, state, params, trees: tx.update(
                 updates, state, params, **trees, **whole
             ),
@@ -88,8 +87,7 @@ def _over_axis(
             ),
             out_axes=(axes_of(updates), filled(state, at)),
         )
-        after = step(updates, state, params, trees)
-        return after
+        return step(updates, state, params, trees)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -122,18 +120,42 @@ def _shapes(tree: Any) -> Any:
 
 
 def _on_devices_of(
-    params: optax.Params, init: Callable[[Any], Any], mirrored: Sequence[str | None]
+    params: optax.Params,
+    init: Callable[[Any], Any],
+    axes: Mapping[str, int],
+    mirrors: Sequence[str | None],
+    at: Sequence[int | None],
 ) -> optax.OptState:
-    """The state where the parameters are: zeros that are made under ``jax.vmap`` do not know it."""
-    shardings = {
-        path: leaf.sharding
-        for path, leaf in leaves_of(params)[0]
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    """The state where the parameters are: what is made under ``jax.vmap`` does not know it.
+
+    A leaf that mirrors a parameter is split as that is, what has a first axis for layers as the
+    layers are, as far as either is known.
+    """
+    arrays = dict(leaves_of(params)[0])
+    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in arrays.values())
+    known = {
+        path: jax.typeof(leaf).sharding if is_traced else getattr(leaf, "sharding", None)
+        for path, leaf in arrays.items()
     }
-    if any(isinstance(sharding, jax.NamedSharding) for sharding in shardings.values()):
-        out = [None if path is None else shardings.get(path) for path in mirrored]
-        init = jax.jit(init, out_shardings=filled(jax.eval_shape(init, params), out))
-    return init(params)
+    first, sharding = next(iter(known.items()))
+    if not isinstance(sharding, jax.NamedSharding) or not any(
+        kind == AxisType.Explicit or not is_traced for kind in sharding.mesh.axis_types
+    ):
+        return init(params)
+    of_depth = (*sharding.spec, *[None] * arrays[first].ndim)[axes[first]]
+    of_layers = jax.NamedSharding(sharding.mesh, jax.P(of_depth))
+    out = [
+        known[path] if path is not None else of_layers if axis == 0 else None
+        for path, axis in zip(mirrors, at, strict=True)
+    ]
+    if not is_traced:
+        return jax.jit(init, out_shardings=filled(jax.eval_shape(init, params), out))(params)
+    state = init(params)
+    leaves = [
+        leaf if to is None else jax.reshard(leaf, to)
+        for leaf, to in zip(jax.tree.leaves(state), out, strict=True)
+    ]
+    return filled(state, leaves)
 
 
 def _check_no_keys(state: Any) -> None:
