@@ -56,12 +56,12 @@ def per_layer(
     Example:
       >>> import jax.numpy as jnp
       >>> import depthsmooth as ds
-      >>> params = {"layers": jnp.array([[3.0, 4.0], [0.0, 2.0]]), "head": jnp.array([5.0])}
+      >>> params = {"layers": jnp.array([[6.0, 8.0], [0.0, 2.0]]), "head": jnp.array([4.0])}
       >>> depth = ds.Depth.from_rules({"layers": 0})
-      >>> tx = ds.per_layer(optax.normalize_by_update_norm(), depth=depth)
+      >>> tx = ds.per_layer(optax.clip_by_global_norm(5.0), depth=depth)
       >>> updates, _ = tx.update(params, tx.init(params))
-      >>> updates["layers"].round(1).tolist(), updates["head"].tolist()
-      ([[0.6, 0.8], [0.0, 1.0]], [1.0])
+      >>> updates["layers"].tolist(), updates["head"].tolist()
+      ([[3.0, 4.0], [0.0, 2.0]], [4.0])
     """
     refuse_depths("per_layer", {"tx": tx, "rest": rest})
 

@@ -8,9 +8,11 @@ import sys
 
 import chex
 import jax
+import optax
 import pytest
 
-from benchmarks import compile_time, compiled_cost, hlo, results, speed, step_time
+import depthsmooth as ds
+from benchmarks import compile_time, compiled_cost, hlo, per_layer, results, speed, step_time
 
 
 def test_refuses_to_compare_different_devices(tmp_path):
@@ -193,3 +195,27 @@ def test_times_of_steps_are_ratios_to_the_unsmoothed_step():
     ratios = step_time.measure(8, 1)
     assert ratios["unsmoothed"] == 1
     assert {"by hand", *step_time.VARIANTS} < set(ratios)
+
+
+def test_the_page_on_layers_as_their_own_says_what_was_measured():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "per_layer.md").read_text()
+    kept = results.read("per_layer")
+    assert per_layer.markdown(kept["differences"]) in page
+    said = re.search(r"takes\n([\d.]+) to ([\d.]+) times as long to compile", page)
+    compiled = [of["compile"] for of in kept["costs"].values()]
+    assert list(map(float, said.groups())) == [min(compiled), max(compiled)]
+    assert max(compiled) <= 1.3
+    said = re.search(r"([\d.]+) times as large for `contrib.muon`, and ([\d.]+) times", page)
+    states = [f"{kept['costs'][name]['state']:.2f}" for name in ("muon", "adafactor")]
+    assert list(said.groups()) == states
+
+
+def test_layers_as_their_own_are_measured():
+    params = per_layer.drawn(0, 3)
+    ours = ds.per_layer(optax.lamb(0.1), depth=per_layer.RULES)
+    seconds, numbers = per_layer.cost(ours, params)
+    assert seconds > 0
+    assert numbers == 2 * sum(leaf.size for leaf in jax.tree.leaves(params)) + 2  # counts
+    theirs = per_layer.unrolled(per_layer.drawn(1, 4))
+    assert per_layer.difference(theirs, theirs) == 0
+    assert per_layer.difference(jax.tree.map(lambda leaf: 1.5 * leaf, theirs), theirs) == pytest.approx(0.5)

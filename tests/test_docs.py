@@ -27,7 +27,9 @@ def named(path):
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("name", ["start", "depth", "operators", "own_operator", "faq"])
+@pytest.mark.parametrize(
+    "name", ["start", "depth", "operators", "own_operator", "per_layer", "faq"]
+)
 def test_code_prints_what_is_below_it(name, capsys):
     names = {}
     printed = None

@@ -183,6 +183,7 @@ MAY_IMPORT = {
     "depth": {"mesh"},
     "arrays": {"operators", "depth", "mesh"},
     "transform": {"operators", "depth", "arrays", "mesh"},
+    "per_layer": {"depth", "arrays"},
     "metrics": {"operators", "depth", "arrays", "mesh", "transform"},
     "optimizers": {"operators", "depth", "arrays", "mesh", "transform"},
     "plot": {"depth", "operators"},
