@@ -218,4 +218,6 @@ def test_layers_as_their_own_are_measured():
     assert numbers == 2 * sum(leaf.size for leaf in jax.tree.leaves(params)) + 2  # counts
     theirs = per_layer.unrolled(per_layer.drawn(1, 4))
     assert per_layer.difference(theirs, theirs) == 0
-    assert per_layer.difference(jax.tree.map(lambda leaf: 1.5 * leaf, theirs), theirs) == pytest.approx(0.5)
+    assert per_layer.difference(
+        jax.tree.map(lambda leaf: 1.5 * leaf, theirs), theirs
+    ) == pytest.approx(0.5)

@@ -304,8 +304,12 @@ def with_value(tx, name):
     )
 
 
-def assert_close(ours, theirs, dtype):
-    tolerance = 1e-6
+# In bfloat16 XLA rounds products of a batch of matrices otherwise than those of one.
+ROUNDED = {"galore", "scale_by_galore"}
+
+
+def assert_close(ours, theirs, name, dtype):
+    tolerance = 2**-6 if dtype == "bfloat16" and name in ROUNDED else 1e-6
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         one, other = np.asarray(one, "float64"), np.asarray(other, "float64")
         assert np.isfinite(other).all()
@@ -344,13 +348,13 @@ def test_each_layer_is_a_tree_of_its_own(name, dtype):
         for group in GROUPS
     }
     theirs["embed"] = plain(whole["embed"], [of["embed"] for of in of_steps])
-    assert_close(ours, theirs, dtype)
+    assert_close(ours, theirs, name, dtype)
     together = plain(whole, of_steps)
     if name in TRANSFORMATIONS:
-        assert_close(ours, together, dtype)
+        assert_close(ours, together, name, dtype)
     elif dtype == "float32" and name not in ("prodigy", "dadapt_adamw"):
         with pytest.raises(AssertionError):
-            assert_close(ours, together, dtype)
+            assert_close(ours, together, name, dtype)
 
 
 @pytest.mark.filterwarnings('ignore:"seed" is deprecated')  # which Optax's dpsgd gives itself
