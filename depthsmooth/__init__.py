@@ -33,6 +33,7 @@ from depthsmooth.operators import (
     Operator,
     Stencil,
     compose,
+    diagonal,
     diffusion,
     ema,
     exponential,
@@ -46,6 +47,7 @@ from depthsmooth.operators import (
 )
 from depthsmooth.optimizers import adamw, lion, muon, muon_dimension_numbers, normuon, sgd
 from depthsmooth.per_layer import per_layer
+from depthsmooth.rates import freeze_layers, layer_decay
 from depthsmooth.transform import (
     SmoothOverDepthState,
     augment_over_depth,
@@ -70,13 +72,16 @@ __all__ = [
     "augment_over_depth",
     "compose",
     "depth_metrics",
+    "diagonal",
     "diffusion",
     "ema",
     "exponential",
     "find_depth",
+    "freeze_layers",
     "from_kernel",
     "from_matrix",
     "interleaved",
+    "layer_decay",
     "lion",
     "mean",
     "monitor_depth",

@@ -15,12 +15,12 @@ from depthsmooth.arrays.layers import Block, cast_like
 from depthsmooth.arrays.norms import norms, ratio, scaled
 from depthsmooth.arrays.shifts import apply, scaled_stencil
 from depthsmooth.depth.cuts import Cuts, check_cuts, cuts_of_groups
-from depthsmooth.depth.layout import Depth, Layout, Where, refuse_depths, selected
+from depthsmooth.depth.layout import Depth, Layout, Where, refuse_depths, selected, whole_groups
 from depthsmooth.depth.leaves import Track
 from depthsmooth.depth.names.find import depth_in
 from depthsmooth.depth.paths import leaves_of, nodes_of, with_leaves
 from depthsmooth.mesh import AxisName, manual_axes
-from depthsmooth.operators.general import check_operator, stencil_for
+from depthsmooth.operators.general import Diagonal, check_operator, stencil_for
 from depthsmooth.operators.smoothing import window
 from depthsmooth.operators.stencil import Operator, Stencil, join
 
@@ -303,7 +303,9 @@ def _over_depth(
         found = depth_in(tree, depth)
         at = cuts_of_groups(cuts, found, depth or found, leaves_of(tree)[1])
         places = found if where is None else selected(found, where, tree)
-        return _bundles(_stencils(operator, count, places, at), norm_over)
+        masked = leaves_of(tree)[1]
+        sizes = whole_groups(found, depth, masked) if isinstance(operator, Diagonal) else {}
+        return _bundles(_stencils(operator, count, places, at, sizes), norm_over)
 
     def init_fn(params: optax.Params) -> SmoothOverDepthState:
         count = jnp.zeros([], jnp.int32)
@@ -334,19 +336,29 @@ def _over_depth(
 
 
 def _stencils(
-    operator: Operator, count: jax.Array, depth: Depth, cuts: Mapping[str, Sequence[int]]
+    operator: Operator,
+    count: jax.Array,
+    depth: Depth,
+    cuts: Mapping[str, Sequence[int]],
+    sizes: Mapping[str, int],
 ) -> dict[Track, Stencil]:
-    """The stencil of each track: the operator's for each of its runs of layers."""
+    """The stencil of each track: the operator's for each of its runs of layers.
+
+    Of a group whose size is given that for all its layers, of which a track may lack the last ones.
+    """
     made: dict[tuple[int, ...], Stencil] = {}
     stencils = {}
     for track in depth.tracks:
-        runs = track.spans(cuts.get(track.group, ()))
+        whole = track.group in sizes
+        runs = (sizes[track.group],) if whole else track.spans(cuts.get(track.group, ()))
         if runs not in made:
             try:
                 made[runs] = join([stencil_for(operator, n, count) for n in runs])
             except ValueError as error:
                 raise ValueError(f"In {track.group}: {error}") from error
-        stencils[track] = made[runs]
+        ours = made[runs]
+        held = track.present[-1] + 1
+        stencils[track] = Stencil((0,), [row[:held] for row in ours.weights]) if whole else ours
     return stencils
 
 

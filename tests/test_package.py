@@ -184,6 +184,7 @@ MAY_IMPORT = {
     "arrays": {"operators", "depth", "mesh"},
     "transform": {"operators", "depth", "arrays", "mesh"},
     "per_layer": {"depth", "arrays"},
+    "rates": {"operators", "depth", "arrays", "mesh", "transform"},
     "metrics": {"operators", "depth", "arrays", "mesh", "transform"},
     "optimizers": {"operators", "depth", "arrays", "mesh", "transform"},
     "plot": {"depth", "operators"},

@@ -507,6 +507,28 @@ def depth_of(
     )
 
 
+def whole_groups(found: Depth, given: Layout | None, masked: Sequence[str]) -> dict[str, int]:
+    """The number of layers of each group of a tree, with those that are masked in it.
+
+    Args:
+      found: the Depth of the leaves that are there.
+      given: as a user gave it.
+      masked: the paths of the leaves that are not there.
+
+    Raises:
+      ValueError: if some are masked, and what was given cannot tell how many layers these have.
+    """
+    if isinstance(given, Depth):
+        return found.groups | given.groups
+    if masked:
+        raise ValueError(
+            f"{masked[0]} is masked, and neither rules nor names can tell how many layers it has: "
+            "give the depth of the whole tree, by depth=rules.resolve(params), find_depth(params) "
+            "or trace_depth(loss_fn, params, batch)."
+        )
+    return found.groups
+
+
 def selected(depth: Depth, where: Where, tree: optax.Params) -> Depth:
     """The Depth of this very tree, with the places of the leaves that are selected alone."""
     arrays: dict[str, Any] = dict(leaves_of(tree)[0])

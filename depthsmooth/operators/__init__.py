@@ -1,7 +1,13 @@
 """What is applied over depth: operators, and the stencil that each gives for L layers."""
 
 from depthsmooth.operators.controls import mean, shuffled
-from depthsmooth.operators.general import compose, from_kernel, from_matrix, operator_matrix
+from depthsmooth.operators.general import (
+    compose,
+    diagonal,
+    from_kernel,
+    from_matrix,
+    operator_matrix,
+)
 from depthsmooth.operators.smoothing import diffusion, ema, exponential, sharpen, window
 from depthsmooth.operators.stencil import Operator, Stencil
 
@@ -9,6 +15,7 @@ __all__ = [
     "Operator",
     "Stencil",
     "compose",
+    "diagonal",
     "diffusion",
     "ema",
     "exponential",

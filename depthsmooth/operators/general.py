@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -136,6 +137,61 @@ def from_matrix(matrix: jax.typing.ArrayLike | Callable[[jax.typing.ArrayLike], 
     return operator
 
 
+@dataclasses.dataclass(frozen=True)
+class Diagonal:
+    """An operator that mixes nothing. A layer has its number, whatever others are there."""
+
+    values: jax.typing.ArrayLike | Callable[..., jax.typing.ArrayLike]
+
+    def __call__(self, layers: int, count: jax.typing.ArrayLike) -> Stencil:
+        """The stencil of the numbers of so many layers."""
+        given = self.values(layers, count) if callable(self.values) else self.values
+        numbers = given if isinstance(given, jax.Array) else np.asarray(given)
+        is_real = np.issubdtype(numbers.dtype, np.number) and not np.iscomplexobj(numbers)
+        if numbers.shape != (layers,) or not is_real:
+            raise ValueError(
+                f"The values of diagonal are of shape {numbers.shape} and type {numbers.dtype}, "
+                f"but there are {layers} layers: give a real number for each, or a function "
+                "values(layers, count) that gives these."
+            )
+        known = isinstance(numbers, np.ndarray)
+        return Stencil((0,), numbers[None].astype(float) if known else numbers[None])
+
+
+def diagonal(values: jax.typing.ArrayLike | Callable[..., jax.typing.ArrayLike]) -> Operator:
+    r"""A number for each layer: :math:`\tilde u_\ell = d_\ell\, u_\ell`.
+
+    Nothing is mixed. Unlike other operators it also applies to a layer that is alone in its group,
+    and to tensors that some layers lack: each layer has the number of its place in the group.
+
+    Args:
+      values: d, of shape ``(L,)``; or a function of the number of layers and of the step,
+        ``values(layers, count)``, that gives these.
+
+    Returns:
+      The operator.
+
+    Raises:
+      ValueError: if the function takes other arguments; when applied, if there is not a real number
+        for each layer.
+
+    Example:
+      >>> import depthsmooth as ds
+      >>> ds.operator_matrix(ds.diagonal([1.0, 0.5]), 2)
+      array([[1. , 0. ],
+             [0. , 0.5]])
+      >>> deeper_is_slower = ds.diagonal(lambda layers, count: 0.9 ** np.arange(layers))
+      >>> ds.operator_matrix(deeper_is_slower, 3).diagonal().round(2).tolist()
+      [1.0, 0.9, 0.81]
+    """
+    if callable(values) and not takes(values, 2, 0):
+        raise ValueError(
+            f"{name_of(values)} does not give the values of diagonal: it has to be called as "
+            "values(layers, count), with the number of layers and the step."
+        )
+    return Diagonal(values)
+
+
 def compose(one: Operator, two: Operator) -> Operator:
     r"""One operator after another: :math:`S = S_1 S_2`, the second is applied first.
 
@@ -193,7 +249,7 @@ def operator_matrix(operator: Operator, layers: int, count: jax.typing.ArrayLike
 
 def stencil_for(operator: Operator, layers: int, count: jax.typing.ArrayLike) -> Stencil:
     """The stencil of an operator for one run of layers. A single layer is left as it is."""
-    if layers == 1:
+    if layers == 1 and not isinstance(operator, Diagonal):
         return Stencil((0,), np.ones((1, 1)))
     return made_by(operator, layers, count)
 

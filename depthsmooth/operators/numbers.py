@@ -107,4 +107,5 @@ def makes_operators(function: object) -> bool:
     """Whether it is a function like ``window`` itself, which somebody forgot to call."""
     wing, _, _ = __name__.rpartition(".")
     is_ours = str(getattr(function, "__module__", "")).startswith(f"{wing}.")
-    return is_ours and "<locals>" not in getattr(function, "__qualname__", "")
+    # What they make is a function within one, or has no name.
+    return is_ours and "<locals>" not in getattr(function, "__qualname__", "<locals>")
