@@ -20,7 +20,7 @@ from depthsmooth.arrays.each import mirrored, over_axes
 from depthsmooth.depth.layout import Depth, Layout, refuse_depths
 from depthsmooth.depth.leaves import Axes, shape_of
 from depthsmooth.depth.names.find import depth_in
-from depthsmooth.depth.paths import leaves_of, shown
+from depthsmooth.depth.paths import leaves_of, nodes_of, shown
 
 REST = "rest"
 """The name of the leaves that are in no layer, in the state."""
@@ -124,7 +124,8 @@ def _named_masks(tree: optax.Params) -> Iterator[None]:
 
 def _depth_of(tree: optax.Params, depth: Layout | None) -> Depth:
     """The Depth of a tree; of the placeholder of ``optax.tree.map_params``, that of parameters."""
-    if jax.tree.leaves(tree) or isinstance(tree, dict | list | tuple | None):
+    # What is masked is a node of its own: of a placeholder there is none.
+    if nodes_of(tree) or isinstance(tree, dict | list | tuple):
         return depth_in(tree, depth)
     if isinstance(depth, Depth):
         return depth
@@ -219,10 +220,12 @@ def _mixed_with(
     tx = optax.with_extra_args_support(tx)
     state = jax.eval_shape(tx.init, layer)
     held = [path for path, _ in leaves_of(layer)[0]]
-    ours = [stack_of[path] == stack_of[held[0]] for path in held]
-    own = dict(zip(held, ours, strict=True))
-    of_state = [path is not None and own[path] for path in mirrored(state, layer)]
-    differ = after_steps(tx, layer, state, filled(layer, ours), of_state)[0]
-    mixed = (path for path, one in zip(held, differ, strict=True) if one and not own[path])
-    other = next(mixed, None)
-    return None if other is None else (held[0], other)
+    mirrors = mirrored(state, layer)
+    for part in dict.fromkeys(stack_of[path] for path in held):
+        ours = {path: stack_of[path] == part for path in held}
+        of_state = [path is not None and ours[path] for path in mirrors]
+        differ = after_steps(tx, layer, state, filled(layer, list(ours.values())), of_state)[0]
+        for path, one in zip(held, differ, strict=True):
+            if one and not ours[path]:
+                return next(own for own in held if ours[own]), path
+    return None

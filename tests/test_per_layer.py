@@ -1,5 +1,6 @@
 """Each layer as its own: on stacks what plain Optax does to a model that is unrolled."""
 
+import dataclasses
 import inspect
 import re
 
@@ -442,6 +443,47 @@ def test_layers_that_lack_a_tensor_are_no_tree_where_one_is_needed():
     after = updated(ds.per_layer(without, depth=depth), params)
     np.testing.assert_allclose(jnp.linalg.norm(after["w"], axis=1), 1.0, rtol=1e-6)
     np.testing.assert_array_equal(after["router"], params["router"])
+
+
+def test_every_two_parts_of_a_layer_are_asked_whether_they_mix():
+    leaves = {"a": (0, 1, 2, 3), "b": (0, 1), "c": (1, 2, 3)}
+    depth = ds.Depth(
+        tuple(
+            ds.depth.Leaf(path, (len(held), 6), ds.Place("moe", path, (0,), held, "rule"))
+            for path, held in leaves.items()
+        )
+    )
+    params = {path: jnp.ones((len(held), 6)) for path, held in leaves.items()}
+    tx = optax.masked(
+        optax.clip_by_global_norm(1.0), lambda layer: {"a": False, "b": True, "c": True}
+    )
+    with pytest.raises(ValueError, match=r"b \(2, 6\) and c \(3, 6\) are in the same layers"):
+        ds.per_layer(tx, depth=depth).init(params)
+
+
+def test_what_is_not_finite_in_one_layer_is_skipped_there_alone():
+    grads = {"layers": PARAMS["layers"] | {"b": PARAMS["layers"]["b"].at[2, 0].set(jnp.nan)}}
+    grads["head"] = PARAMS["head"]
+    inside = ds.per_layer(optax.apply_if_finite(optax.sgd(1.0), 3), depth=DEPTH)
+    outside = optax.apply_if_finite(ds.per_layer(optax.sgd(1.0), depth=DEPTH), 3)
+    moved = [updated(tx, grads)["layers"]["k"][:, 0, 0].tolist() for tx in (inside, outside)]
+    assert moved == [[-1, -1, 0, -1], [0, 0, 0, 0]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Model:
+    """A tree of a class of its own."""
+
+    block_0: jax.Array
+    block_1: jax.Array
+
+
+def test_a_tree_of_which_everything_is_masked_is_no_placeholder():
+    masked = Model(optax.MaskedNode(), optax.MaskedNode())
+    rules = ds.Depth.from_rules({r"block_(\d)": ds.numbered()})
+    tx = ds.per_layer(optax.sgd(1.0), depth=rules)
+    assert jax.tree.leaves(tx.update(masked, tx.init(masked))[0]) == []
 
 
 def test_map_params_works_inside_and_outside():

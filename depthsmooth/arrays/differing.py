@@ -57,10 +57,7 @@ def _spread(
 
 
 def _differing(fn: Callable[..., Any], args: Sequence[Any], differ: Sequence[Any]) -> list[bool]:
-    """Which results of a function differ if those leaves of its arguments do.
-
-    ``jax.vmap`` knows it, and tells it a function with a rule of its own. Nothing is computed.
-    """
+    """Which results of a function differ if those leaves of its arguments do."""
     told: list[bool] = []
 
     @jax.custom_batching.custom_vmap

@@ -106,13 +106,13 @@ def _one_layer(tree: Any, axes: Any) -> Any:
 def mirrored(state: Any, layer: Any) -> list[str | None]:
     """For each leaf of a state the parameter that it mirrors: of the same path and shape."""
     shapes = {path: leaf.shape for path, leaf in leaves_of(layer)[0]}
-    mirrored: list[str | None] = []
+    mirrors: list[str | None] = []
     for path, leaf in leaves_of(state)[0]:
         keys = path.split("/")
         ends = ("/".join(keys[k:]) for k in range(len(keys) + 1))
         of = next((end for end in ends if end in shapes), None)
-        mirrored.append(of if of is not None and shapes[of] == leaf.shape else None)
-    return mirrored
+        mirrors.append(of if of is not None and shapes[of] == leaf.shape else None)
+    return mirrors
 
 
 def _shapes(tree: Any) -> Any:
@@ -138,8 +138,9 @@ def _on_devices_of(
         for path, leaf in arrays.items()
     }
     first, sharding = next(iter(known.items()))
-    if not isinstance(sharding, jax.NamedSharding) or not any(
-        kind == AxisType.Explicit or not is_traced for kind in sharding.mesh.axis_types
+    # Of what is traced, only explicit meshes tell it.
+    if not isinstance(sharding, jax.NamedSharding) or (
+        is_traced and AxisType.Explicit not in sharding.mesh.axis_types
     ):
         return init(params)
     of_depth = (*sharding.spec, *[None] * arrays[first].ndim)[axes[first]]
