@@ -235,6 +235,12 @@ def test_diagonal_gives_each_layer_its_number_whatever_is_missing():
         assert after["alone"][:, 0].tolist() == [2]
 
 
+def test_diagonal_gives_the_only_layer_its_number():
+    tree, depth = {"layers": jnp.ones((1, 2))}, ds.Depth.from_rules({"layers": 0})
+    tx = ds.augment_over_depth(ds.diagonal([0.5]), depth=depth)
+    assert updated(tx, tree)["layers"].tolist() == [[0.5, 0.5]]
+
+
 def test_diagonal_may_be_scheduled_and_traced():
     def scheduled(layers, count):
         return optax.linear_schedule(1.0, 0.5, 10)(count) * jnp.ones(layers)
