@@ -2,12 +2,15 @@
 
 ``python -m benchmarks.per_layer`` compares updates on a stack of 4 layers with those on the same
 model unrolled, after 3 steps: plain, and by ``per_layer``. And it compares, for a stack of 48
-layers, compile times and memory of the state with and without ``per_layer``.
+layers, compile times and memory of the state with and without ``per_layer``. ``--eformer`` compares
+the updates of that package's optimizers alone, which Optax does not have.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -42,6 +45,19 @@ TRANSFORMATIONS: Mapping[str, Callable[[], optax.GradientTransformation]] = {
     "adamw": lambda: optax.adamw(RATE),
     "lion": lambda: optax.lion(RATE),
     "clip_by_global_norm": lambda: optax.clip_by_global_norm(1.0),
+}
+
+
+def of_eformer(name: str) -> optax.GradientTransformation:
+    """An optimizer of eformer: ``python -m pip install eformer``."""
+    from eformer.optimizers import OptimizerFactory, SchedulerConfig, WhiteKronConfig
+
+    config = WhiteKronConfig(dtype=jnp.float32)
+    return OptimizerFactory.create(name, SchedulerConfig(learning_rate=RATE), config)[0]
+
+
+OF_EFORMER: Mapping[str, Callable[[], optax.GradientTransformation]] = {
+    name: functools.partial(of_eformer, name) for name in ("quad", "skew")
 }
 COMPILED = ("adamw", "lamb", "adafactor", "muon", "novograd")
 
@@ -83,11 +99,13 @@ def difference(one: Tree, other: Tree) -> float:
     return float(optax.tree.norm(apart) / optax.tree.norm(layers[1]))
 
 
-def differences() -> dict[str, dict[str, float]]:
+def differences(
+    of: Mapping[str, Callable[[], optax.GradientTransformation]],
+) -> dict[str, dict[str, float]]:
     """For each transformation, how far updates on the stack are from those unrolled."""
     trees = [drawn(seed, LAYERS) for seed in range(STEPS + 1)]
     told = {}
-    for name, make in TRANSFORMATIONS.items():
+    for name, make in of.items():
         theirs = updates_of(make(), list(map(unrolled, trees)))
         plain = unrolled(updates_of(make(), trees))
         ours = unrolled(updates_of(ds.per_layer(make(), depth=RULES), trees))
@@ -132,10 +150,18 @@ def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    rounds = parser.parse_args().rounds
-    measured = {"differences": differences(), "costs": costs(DEEP, rounds), "rounds": rounds}
+    parser.add_argument("--eformer", action="store_true", help="compare its optimizers alone")
+    args = parser.parse_args()
+    if args.eformer:
+        told = differences(OF_EFORMER)
+        version = importlib.metadata.version("eformer")
+        results.write("per_layer_eformer", {"differences": told, "eformer": version})
+        print(markdown(told))
+        return
+    told = differences(TRANSFORMATIONS)
+    measured = {"differences": told, "costs": costs(DEEP, args.rounds), "rounds": args.rounds}
     results.write("per_layer", measured)
-    print(markdown(measured["differences"]))
+    print(markdown(told))
     for name, of in measured["costs"].items():
         print(f"{name:12} compile {of['compile']:5.2f}  state {of['state']:6.3f}")
 

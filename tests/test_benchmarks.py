@@ -210,6 +210,14 @@ def test_the_page_on_layers_as_their_own_says_what_was_measured():
     assert list(said.groups()) == states
 
 
+def test_the_page_of_optimizers_shows_the_kept_result_of_eformer():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "optimizers.md").read_text()
+    kept = results.read("per_layer_eformer")
+    assert per_layer.markdown(kept["differences"]) in page
+    assert f"with eformer {kept['eformer']}.*" in page
+    assert kept["differences"].keys() == per_layer.OF_EFORMER.keys()
+
+
 def test_layers_as_their_own_are_measured():
     params = per_layer.drawn(0, 3)
     ours = ds.per_layer(optax.lamb(0.1), depth=per_layer.RULES)

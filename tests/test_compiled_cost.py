@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import depthsmooth as ds
-from benchmarks import compiled_cost, results, targets
+from benchmarks import compiled_cost, hlo, results, targets
 from depthsmooth.demo.model import Transformer
 
 HELD = compiled_cost.LAYERS // compiled_cost.STAGES  # layers on one chip, where they are split
@@ -162,3 +162,32 @@ def test_recorded_figures_hold(target):
         case = [row[name] for name in ("target", "layout", "dtype", "step", "variant")]
         if case[3] not in ("muon", "metrics"):  # which take long to compile
             assert compiled_cost.measure(*case) == row
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars"])
+def test_layers_as_their_own_send_what_plain_optax_sends_or_nothing(name):
+    """Numbers of all layers at once. Optax takes each norm twice, to be safe from zeros."""
+    shapes = {"up": (12, 256, 512), "down": (12, 512, 256), "bias": (12, 512)}
+    axes = {"up": (None, "model"), "down": ("model", None), "bias": ("model",)}
+    depth = ds.Depth.from_rules({".*": 0})
+    tx = getattr(optax, name)(0.1)
+    names = ("stage", "model")
+    mesh = jax.sharding.Mesh(np.array(targets.devices("v5e")).reshape(4, 2), names)
+
+    def sent(tx, stage, features):
+        specs = {shapes[k]: jax.P(stage, *(axes[k] if features else ())) for k in shapes}
+
+        def split(leaf):
+            sharding = jax.NamedSharding(mesh, specs.get(leaf.shape, jax.P()))
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        params = {k: split(jax.ShapeDtypeStruct(shape, jnp.float32)) for k, shape in shapes.items()}
+        state = jax.tree.map(split, jax.eval_shape(tx.init, params))
+        compiled = jax.jit(tx.update).lower(params, state, params).compile()
+        return [found.size for found in hlo.collectives(compiled.as_text())]
+
+    assert sent(tx, "stage", False)
+    assert not sent(ds.per_layer(tx, depth=depth), "stage", False)
+    plain, ours = sent(tx, None, True), sent(ds.per_layer(tx, depth=depth), None, True)
+    assert len(plain) == 2
+    assert ours == [12 * size for size in plain]

@@ -27,8 +27,11 @@ def named(path):
     return str(path.relative_to(ROOT))
 
 
+TRAINS = pytest.param("optimizers", marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    "name", ["start", "depth", "operators", "own_operator", "per_layer", "faq"]
+    "name", ["start", "depth", "operators", "own_operator", "per_layer", TRAINS, "faq"]
 )
 def test_code_prints_what_is_below_it(name, capsys):
     names = {}
