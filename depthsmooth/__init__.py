@@ -19,9 +19,11 @@ from depthsmooth.depth import Rule as Rule
 from depthsmooth.depth import Track as Track
 from depthsmooth.metrics import (
     DepthMetrics,
+    DepthSignal,
     MonitorDepthState,
     as_scalars,
     depth_metrics,
+    depth_signal,
     monitor_depth,
     read_metrics,
 )
@@ -62,6 +64,7 @@ __all__ = [
     "Depth",
     "DepthMetrics",
     "DepthNotFoundError",
+    "DepthSignal",
     "MonitorDepthState",
     "Operator",
     "Place",
@@ -72,6 +75,7 @@ __all__ = [
     "augment_over_depth",
     "compose",
     "depth_metrics",
+    "depth_signal",
     "diagonal",
     "diffusion",
     "ema",

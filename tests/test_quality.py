@@ -14,7 +14,9 @@ import sys
 import time
 import zlib
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -57,6 +59,7 @@ def test_arms_are_known_by_their_names():
 @pytest.mark.parametrize(
     "name",
     ["adam", "adamw/standard", "adamw/standard/full/1.5", "adamw/standard/full/x", "",
+     "adamw@1", "adamw@0", "adamw@-1", "adamw@x", "adamw@0.5@0.5", "adamw/standard/full/0@0.5",
      "adamw/standard/full/0.2/other", "adamw/standard/full/0.20", "adamw/none/full/0.2"],
 )  # fmt: skip
 def test_names_of_no_arm_are_refused(name):
@@ -91,6 +94,24 @@ def test_arms_differ_in_nothing_but_what_is_applied(task):
     assert np.abs(other["loss"] - plain["loss"]).max() > 1e-2
 
 
+def test_layers_can_have_a_rate_of_their_own(task):
+    """It scales their updates alone: at a rate of 0 they stay, and at 1 nothing changes."""
+    plain, _ = training.train(task, Arm("adamw"), 1.0, 0)
+    own, _ = training.train(task, Arm("adamw", own=1 + 1e-7), 1.0, 0)
+    np.testing.assert_allclose(own["loss"], plain["loss"], rtol=1e-5)
+    half, _ = training.train(task, Arm("adamw", own=0.5), 1.0, 0)
+    smoothed, _ = training.train(task, Arm("adamw", alpha=0.2, own=0.5), 1.0, 0)
+    assert np.abs(half["loss"] - plain["loss"]).max() > 1e-3
+    assert np.abs(half["loss"] - smoothed["loss"]).max() > 1e-4
+    updates = {"params": jax.tree.map(jnp.ones_like, task.init(jax.random.key(0))["params"])}
+    scaling = Arm("adamw", own=0.5).kind.scaling(task.depth, jnp.float32(0.25))
+    scaled, _ = scaling.update(updates, scaling.init(updates))
+    expected = task.depth.map(
+        lambda path, leaf, place: leaf if place is None else 0.25 * leaf, updates
+    )
+    chex.assert_trees_all_equal(scaled, expected)
+
+
 def test_a_run_can_be_watched(task):
     alone, _ = training.train(task, SMOOTHED, 1.0, 0)  # which has been compiled above
     observed, _ = training.train(task, SMOOTHED, 1.0, 0, observed=True)
@@ -121,7 +142,7 @@ def test_seeds_that_choose_are_examined_in_other_data(task, monkeypatch):
 
     monkeypatch.setattr(task, "evaluate", evaluate)
     run = jax.jit(training.program(task, Arm("adamw")))
-    parts = [run(seed, 0.0, np.eye(4), 1.0)["loss"][0] for seed in (0, 9, 100, 102)]
+    parts = [run(seed, 0.0, np.eye(4), 1.0, 1.0)["loss"][0] for seed in (0, 9, 100, 102)]
     assert parts == [0, 0, 1, 1]
 
 

@@ -7,6 +7,7 @@ import functools
 from typing import Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -30,6 +31,7 @@ class Arm:
       control: what stands in the place of smoothing: ``"shrunk"``, the norm that smoothing would
         have left, and no mixing; ``"shuffled"``, mixing over layers in a random order;
         ``"mean"``, the share of alpha is taken from the mean over all layers.
+      own: what the layers' learning rate is multiplied by, and that of the rest is not.
     """
 
     base: Base
@@ -37,10 +39,11 @@ class Arm:
     scope: Scope = "full"
     alpha: float = 0.0
     control: Control = ""
+    own: float = 1.0
 
     def __str__(self) -> str:
         parts = [self.variant, self.scope, f"{self.alpha:g}", self.control] if self.alpha else []
-        return "/".join(filter(None, [self.base, *parts]))
+        return "/".join(filter(None, [self.base, *parts])) + f"@{self.own:g}" * (self.own != 1)
 
     @classmethod
     def named(cls, name: str) -> Arm:
@@ -50,18 +53,21 @@ class Arm:
           ValueError: if there is none.
 
         Example:
-          >>> Arm.named("adamw/standard/proj/0.2/shuffled").alpha
+          >>> Arm.named("adamw/standard/proj/0.2/shuffled@0.5").alpha
           0.2
         """
-        base, variant, scope, alpha, control = [*name.split("/"), *[""] * 5][:5]
+        path, _, own = name.partition("@")
+        base, variant, scope, alpha, control = [*path.split("/"), *[""] * 5][:5]
         try:
-            arm = cls(base, variant or "standard", scope or "full", float(alpha or 0), control)
+            numbers = float(alpha or 0), float(own or 1)
+            arm = cls(base, variant or "standard", scope or "full", numbers[0], control, numbers[1])
         except ValueError:
             arm = None
         if arm is None or str(arm) != name or not _known(arm):
             raise ValueError(
                 f"--arm {name} names no arm: give a base optimizer, as in adamw, or with what is "
-                "added to it, as in adamw/standard/proj/0.2 or adamw/standard/proj/0.2/shuffled."
+                "added to it, as in adamw/standard/proj/0.2 or adamw/standard/proj/0.2/shuffled; "
+                "@0.5 at the end halves the layers' learning rate alone."
             )
         return arm
 
@@ -69,7 +75,8 @@ class Arm:
     def kind(self) -> Arm:
         """Arms of one kind differ in numbers alone, and share a compiled program."""
         control = self.control.replace("mean", "shuffled")  # both are a matrix
-        return dataclasses.replace(self, alpha=float(self.alpha > 0), control=control)
+        own = 1.0 if self.own == 1 else 0.0  # both stand for all numbers of their kind
+        return dataclasses.replace(self, alpha=float(self.alpha > 0), control=control, own=own)
 
     @property
     def plain(self) -> Arm:
@@ -87,6 +94,10 @@ class Arm:
     def controlled(self, control: Control) -> Arm:
         """Its control, with the same numbers."""
         return dataclasses.replace(self, control=control)
+
+    def scaled(self, own: float) -> Arm:
+        """The same with another rate of the layers."""
+        return dataclasses.replace(self, own=own)
 
     def matrix(self, layers: int, seed: int) -> np.ndarray:
         """The operator of a control that mixes: each seed has a random order of its own."""
@@ -107,6 +118,13 @@ class Arm:
         operator = ds.from_matrix(matrix) if self.control else ds.window(alpha)
         return ds.augment_over_depth(operator, depth=depth, where=where, variant=self.variant)
 
+    def scaling(self, depth: ds.Depth, own: jax.Array) -> optax.GradientTransformation:
+        """What gives the layers a learning rate of their own, for all of its kind."""
+        if self.own == 1:
+            return optax.identity()
+        factors = ds.diagonal(lambda layers, _: jnp.full(layers, own))
+        return ds.augment_over_depth(factors, depth=depth)
+
 
 def preconditioner(base: Base, depth: ds.Depth) -> optax.GradientTransformation:
     """The base optimizer, without learning rate and weight decay."""
@@ -120,4 +138,5 @@ def preconditioner(base: Base, depth: ds.Depth) -> optax.GradientTransformation:
 
 def _known(arm: Arm) -> bool:
     choices = (arm.base, Base), (arm.variant, Variant), (arm.scope, Scope), (arm.control, Control)
-    return 0 <= arm.alpha < 1 and all(value in get_args(each) for value, each in choices)
+    numbers = 0 <= arm.alpha < 1 and arm.own > 0
+    return numbers and all(value in get_args(each) for value, each in choices)

@@ -39,10 +39,13 @@ class Digits(Task):
         self.labels = jnp.asarray(self.images.train_labels)
         self.test = halves(self.images.test)
         self.test_labels = halves(self.images.test_labels)
-        patch, width = (4, 64) if cifar100 else (2, 32)
-        self.model = VisionTransformer(self.images.classes, layers, patch, width)
+        self.model = self._model()
         params = jax.eval_shape(self.init, jax.random.key(0))
         self.depth = trace_depth(self._logits, params, self.test[0, :BATCH])
+
+    def _model(self) -> nn.Module:
+        patch, width = (4, 64) if self.images.classes == 100 else (2, 32)
+        return VisionTransformer(self.images.classes, self.layers, patch, width)
 
     def init(self, key: jax.Array) -> optax.Params:
         """Draws parameters."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from benchmarks.quality.arms import Arm, Base, Scope
 from benchmarks.quality.diffusion import Diffusion
 from benchmarks.quality.digits import Digits
+from benchmarks.quality.mlp import Mlp
 from benchmarks.quality.policy import Policy
 from benchmarks.quality.reversal import Reversal
 from benchmarks.quality.studies import Study
@@ -24,6 +25,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "reversal": Reversal,
     "text": Text,
     "digits": Digits,
+    "mlp": Mlp,
     "diffusion": Diffusion,
     "policy": Policy,
 }
@@ -33,6 +35,7 @@ CHANCE = {
     "reversal": math.log(32),
     "text": math.log(256),
     "digits": math.log(10),
+    "mlp": math.log(10),
     "cifar100": math.log(100),
     "diffusion": 1.0,
     "policy": 1.0,
@@ -54,6 +57,8 @@ PUBLISHED = (
     ),
 )
 SMOOTHED = Arm("adamw", alpha=0.2)
+OWN = (0.125, 0.25, 0.5, 1.0, 2.0)
+"""What the layers' rate is multiplied by; the rest's has each of its own beside it."""
 DEPTHS = (4, 8, 16, 32, 64)
 
 
@@ -108,6 +113,7 @@ def _reversal() -> Iterable[Study]:
     yield Study("grid", 24, 200, tuple(arms), untuned=tuple(_grid("adamw")), swept=True)
     yield from _depths(200, 0.1, 0.5)
     yield _mechanism(24, 200)
+    yield _own(24, 200)
 
 
 def _text() -> Iterable[Study]:
@@ -115,6 +121,7 @@ def _text() -> Iterable[Study]:
     yield Study("grid", 16, 300, tuple(arms), untuned=tuple(_selection("adamw")), swept=True)
     yield from _depths(150)
     yield _mechanism(16, 300)
+    yield _own(16, 300)
 
 
 def _digits() -> Iterable[Study]:
@@ -122,16 +129,25 @@ def _digits() -> Iterable[Study]:
     untuned = tuple(_selection("adamw"))
     yield Study("grid", 12, 300, tuple(arms), untuned=untuned, swept=True, tuning=NOISY)
     yield dataclasses.replace(_mechanism(12, 300), tuning=NOISY)
+    yield dataclasses.replace(_own(12, 300), tuning=NOISY)
+
+
+def _mlp() -> Iterable[Study]:
+    arms = tuple(_selection("adamw"))
+    yield Study("grid", 24, 300, arms, untuned=arms, swept=True, tuning=NOISY)
+    yield dataclasses.replace(_own(24, 300), tuning=NOISY)
 
 
 def _diffusion() -> Iterable[Study]:
     arms = tuple(_selection("adamw"))
     yield Study("grid", 9, 600, arms, untuned=arms, swept=True)
+    yield _own(9, 600)
 
 
 def _policy() -> Iterable[Study]:
     arms = tuple(_selection("adamw"))
     yield Study("grid", 12, 100, arms, untuned=arms, swept=True)
+    yield _own(12, 100)
 
 
 def _depths(steps: int, *alphas: float) -> Iterable[Study]:
@@ -144,6 +160,12 @@ def _depths(steps: int, *alphas: float) -> Iterable[Study]:
 def _mechanism(layers: int, steps: int) -> Study:
     arms = SMOOTHED.plain, SMOOTHED
     return Study("mechanism", layers, steps, arms, SMOOTHED, untuned=arms, observed=True)
+
+
+def _own(layers: int, steps: int) -> Study:
+    """The base optimizer and smoothing, each with the layers' rate tuned beside the rest's."""
+    arms = (Arm("adamw", alpha=alpha, own=own) for alpha in (0.0, 0.1, 0.2, 0.5) for own in OWN)
+    return Study("own", layers, steps, tuple(arms))
 
 
 def _grid(base: Base) -> Iterable[Arm]:
@@ -168,6 +190,7 @@ _STUDIES = {
     "reversal": _reversal,
     "text": _text,
     "digits": _digits,
+    "mlp": _mlp,
     "diffusion": _diffusion,
     "policy": _policy,
     "cifar100": _digits,

@@ -98,6 +98,11 @@ class Study:
             return arms[0]
         return min(arms, key=lambda arm: self.loss(arm, results), default=None)
 
+    def scaled(self, base: Base, results: Results) -> Arm:
+        """The base optimizer with the best rate for the layers, as the tuning seeds have it."""
+        arms = [arm for arm in self.arms if arm.base == base and not arm.alpha]
+        return min(arms, key=lambda arm: self.loss(arm, results))
+
     def compared(self, base: Base, results: Results) -> tuple[Arm, ...]:
         """The claimed arm, the base optimizer alone, and all controls."""
         arm = self.claimed(base, results)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import depthsmooth as ds
-from benchmarks.quality.arms import Arm, preconditioner
+from benchmarks.quality.arms import Arm, Base, preconditioner
 from benchmarks.quality.task import EVALUATIONS, TUNING, Task
 
 MICRO_BATCHES = 8
@@ -39,7 +39,8 @@ def train(
     """
     program = _program(task, arm.kind, observed)
     [layers] = task.depth.groups.values()
-    numbers = np.int32(seed), np.float32(arm.alpha), arm.matrix(layers, seed), np.float32(rate)
+    matrix = arm.matrix(layers, seed)
+    numbers = np.int32(seed), np.float32(arm.alpha), matrix, np.float32(rate), np.float32(arm.own)
     began = time.perf_counter()
     curves = jax.device_get(program(*numbers))
     return curves, time.perf_counter() - began
@@ -52,17 +53,21 @@ def _program(task: Task, kind: Arm, observed: bool) -> Callable[..., Curves]:
     matrix = jax.ShapeDtypeStruct((layers, layers), np.float32)
     seed = jax.ShapeDtypeStruct((), np.int32)
     run = jax.jit(program(task, kind, observed))
-    compiled: Callable[..., Curves] = run.lower(seed, number, matrix, number).compile()
+    compiled: Callable[..., Curves] = run.lower(seed, number, matrix, number, number).compile()
     return compiled
 
 
 def program(task: Task, kind: Arm, observed: bool = False) -> Callable[..., Curves]:
-    """A function of the seed, of alpha, of the operator's matrix, and of the rate."""
+    """A function of the seed, of alpha, of the operator's matrix, and of the two rates."""
 
-    def run(seed: jax.Array, alpha: jax.Array, matrix: jax.Array, rate: jax.Array) -> Curves:
+    def run(
+        seed: jax.Array, alpha: jax.Array, matrix: jax.Array, rate: jax.Array, own: jax.Array
+    ) -> Curves:
         start, batches, examination = jax.random.split(jax.random.key(seed), 3)
         part = (seed >= TUNING).astype(int)
-        tx = _optimizer(task, kind, observed, alpha, matrix, rate)
+        mixing = kind.mixing(task.depth, alpha, matrix)
+        scaling = kind.scaling(task.depth, own)
+        tx = _optimizer(task, kind.base, observed, mixing, scaling, rate)
 
         def step(carry: Any, count: jax.Array) -> tuple[Any, jax.Array]:
             params, state = carry
@@ -88,21 +93,25 @@ def program(task: Task, kind: Arm, observed: bool = False) -> Callable[..., Curv
 
 
 def _optimizer(
-    task: Task, kind: Arm, observed: bool, alpha: jax.Array, matrix: jax.Array, rate: jax.Array
+    task: Task,
+    base: Base,
+    observed: bool,
+    mixing: optax.GradientTransformation,
+    scaling: optax.GradientTransformation,
+    rate: jax.Array,
 ) -> optax.GradientTransformation:
     def monitor(name: str) -> optax.GradientTransformation:
         every = task.steps // EVALUATIONS
         return ds.monitor_depth(task.depth, every, name=name) if observed else optax.identity()
 
     return optax.chain(
-        preconditioner(kind.base, task.depth),
+        preconditioner(base, task.depth),
         monitor("before"),
-        kind.mixing(task.depth, alpha, matrix),
+        mixing,
         monitor("after"),
-        optax.add_decayed_weights(0.0 if kind.base == "sgd" else task.decay),
-        optax.scale_by_learning_rate(
-            lambda count: rate * task.rates[kind.base] * task.schedule(count)
-        ),
+        scaling,
+        optax.add_decayed_weights(0.0 if base == "sgd" else task.decay),
+        optax.scale_by_learning_rate(lambda count: rate * task.rates[base] * task.schedule(count)),
     )
 
 

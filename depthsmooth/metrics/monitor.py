@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,17 @@ import optax
 from depthsmooth.depth.layout import Layout, Where
 from depthsmooth.depth.paths import leaves_of
 from depthsmooth.mesh import AxisName
-from depthsmooth.metrics.updates import By, DepthMetrics, check_measure, depth_metrics
+from depthsmooth.metrics.measured import By, check_measure
+from depthsmooth.metrics.signal import (
+    SignalSums,
+    from_sums,
+    no_sums,
+    products_of_halves,
+    with_halves,
+)
+from depthsmooth.metrics.updates import DepthMetrics, depth_metrics
+
+T = TypeVar("T")
 
 
 class MonitorDepthState(NamedTuple):
@@ -36,6 +46,7 @@ def monitor_depth(
     name: str = "",
     by: By = "group",
     full: bool = False,
+    signal: bool = False,
     where: Where | None = None,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -59,6 +70,11 @@ def monitor_depth(
       name: what the names of groups are preceded by, which tells several monitors apart.
       by: as in :func:`~depthsmooth.depth_metrics`, like the others: what is measured.
       full: whether every layer is compared with every other.
+      signal: whether to tell signal and noise apart, as :func:`~depthsmooth.depth_signal` does, by
+        the two halves of each batch. The monitor comes first in a chain, which gets the mean of
+        the two gradients, and ``update`` gets one of them: ``tx.update(gradients, state, params,
+        half_gradients=first)``. What is told is a mean that forgets: of about the last 100
+        measurements.
       where: which of the leaves that ``depth`` places count.
       axis_name: in ``jax.shard_map``, the mesh axis that layers are split over.
 
@@ -85,14 +101,33 @@ def monitor_depth(
         raise ValueError(f"name is {name!r}, but has to be a string.")
     check_measure(depth, by)
 
+    of_what: _OfWhat = {"by": by, "where": where, "axis_name": axis_name}
+
+    def named(values: Mapping[str, T]) -> dict[str, T]:
+        return {f"{name}/{key}" if name else key: value for key, value in values.items()}
+
     def measured(updates: optax.Updates) -> dict[str, DepthMetrics]:
-        metrics = depth_metrics(updates, depth, by=by, full=full, where=where, axis_name=axis_name)
-        return {f"{name}/{key}" if name else key: value for key, value in metrics.items()}
+        return named(depth_metrics(updates, depth, full=full, **of_what))
+
+    def first(params: optax.Params) -> dict[str, DepthMetrics]:
+        """Metrics of the structure that is kept."""
+        whole, _ = products_of_halves(params, params, depth, **of_what) if signal else ({}, {})
+        sums = {key: no_sums(products) for key, products in named(whole).items()}
+        return _with(measured(params), sums)
+
+    def summed(
+        updates: optax.Updates, half: optax.Updates, state: MonitorDepthState
+    ) -> dict[str, SignalSums]:
+        whole, apart = map(named, products_of_halves(updates, half, depth, **of_what))
+        return {
+            key: with_halves(sums, state.count // every, whole[key], apart[key])
+            for key, sums in _sums_of(state.depth_metrics).items()
+        }
 
     # Not optax.snapshot, which takes types from the updates and fails under optax.tree.map_params;
     # nor optax.monitor, whose state is empty before the first update. Checkpoints would not fit.
     def init_fn(params: optax.Params) -> MonitorDepthState:
-        metrics = optax.tree.zeros_like(jax.eval_shape(measured, params))
+        metrics = optax.tree.zeros_like(jax.eval_shape(first, params))
         if not any(leaves_of(params)):
             metrics = jnp.zeros([])  # for optax.tree.map_params, which passes a tree of no leaves
         return MonitorDepthState(jnp.zeros([], jnp.int32), metrics)
@@ -101,13 +136,22 @@ def monitor_depth(
         updates: optax.Updates,
         state: MonitorDepthState,
         params: optax.Params | None = None,
+        *,
+        half_gradients: optax.Updates | None = None,
         **extra_args: object,
     ) -> tuple[optax.Updates, MonitorDepthState]:
         del params, extra_args
         count, before = state
+        if signal and half_gradients is None:
+            raise ValueError(
+                "monitor_depth(signal=True) tells signal from noise by the two halves of a batch: "
+                "give the gradient of one of them, tx.update(gradients, state, params, "
+                "half_gradients=first), where gradients are the mean of both."
+            )
 
         def measure() -> optax.OptState:
-            return optax.tree.cast_like(measured(updates), before)
+            sums = summed(updates, half_gradients, state) if signal else {}
+            return optax.tree.cast_like(_with(measured(updates), sums), before)
 
         metrics = (
             measure()
@@ -117,6 +161,25 @@ def monitor_depth(
         return updates, MonitorDepthState(optax.safe_increment(count), metrics)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _OfWhat(TypedDict):
+    """What is measured."""
+
+    by: By
+    where: Where | None
+    axis_name: AxisName | None
+
+
+def _with(
+    metrics: Mapping[str, DepthMetrics], sums: Mapping[str, SignalSums]
+) -> dict[str, DepthMetrics]:
+    """Metrics as they are kept: sums are in the place of the signal that these will tell."""
+    return {key: each._replace(signal=cast(Any, sums.get(key))) for key, each in metrics.items()}
+
+
+def _sums_of(metrics: Mapping[str, DepthMetrics]) -> dict[str, SignalSums]:
+    return {key: cast(SignalSums, each.signal) for key, each in metrics.items()}
 
 
 def read_metrics(opt_state: optax.OptState) -> dict[str, DepthMetrics]:
@@ -166,13 +229,21 @@ def read_metrics(opt_state: optax.OptState) -> dict[str, DepthMetrics]:
 def _known(measured: optax.OptState, count: jax.Array) -> DepthMetrics:
     """The metrics of a NamedTuple or a dictionary; NaN before the first update."""
     never = count == 0  # under vmap, one for each optimizer
-    return DepthMetrics(
-        **{
-            field: jnp.where(jnp.expand_dims(never, range(never.ndim, value.ndim)), jnp.nan, value)
-            for field in DepthMetrics._fields
-            if (value := optax.tree.get(measured, field)) is not None
-        }
-    )
+
+    def known(value: jax.Array) -> jax.Array:
+        return jnp.where(jnp.expand_dims(never, range(never.ndim, value.ndim)), jnp.nan, value)
+
+    kept = {field: optax.tree.get(measured, field) for field in DepthMetrics._fields}
+    sums = kept.pop("signal")
+    numbers: dict[str, Any] = {key: known(each) for key, each in kept.items() if each is not None}
+    metrics = DepthMetrics(**numbers)
+    if sums is None:
+        return metrics
+    tell = from_sums
+    for _ in range(never.ndim):
+        tell = jax.vmap(tell)
+    arrays = (jnp.asarray(optax.tree.get(sums, field)) for field in SignalSums._fields)
+    return metrics._replace(signal=jax.tree.map(known, tell(SignalSums(*arrays))))
 
 
 def as_scalars(
@@ -185,7 +256,8 @@ def as_scalars(
       layers: whether to give each layer's norm, and each pair's cosine, besides the scalars.
 
     Returns:
-      From names like ``blocks/roughness``, or ``blocks/norms/07``, to scalars.
+      From names like ``blocks/roughness``, or ``blocks/norms/07``, to scalars; ``blocks/share``,
+      ``blocks/signal_cosine`` and ``blocks/noise_cosine`` of a monitor with ``signal=True``.
 
     Example:
       >>> import depthsmooth as ds
@@ -200,6 +272,8 @@ def as_scalars(
     for name, measured in metrics.items():
         for field in ("roughness", "adjacent_cosine", "mean_norm"):
             scalars[f"{name}/{field}"] = getattr(measured, field)
+        for field in ("share", "signal_cosine", "noise_cosine") if measured.signal else ():
+            scalars[f"{name}/{field}"] = getattr(measured.signal, field).value
         for field in ("cosines", "norms") if layers else ():
             values = getattr(measured, field)
             width = len(str(len(measured.norms) - 1))

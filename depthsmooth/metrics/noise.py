@@ -17,7 +17,7 @@ from depthsmooth.depth.layout import Layout, Where
 from depthsmooth.depth.leaves import shape_of
 from depthsmooth.depth.paths import leaves_of, shown
 from depthsmooth.mesh import AxisName, with_automatic_axes
-from depthsmooth.metrics.updates import By, check_measure, of_all, places_of, tracks_of
+from depthsmooth.metrics.measured import By, check_measure, of_all, places_of, tracks_of
 
 
 class GradientNoise(NamedTuple):
@@ -77,19 +77,24 @@ def gradient_noise_over_depth(
       layer, in micro-batches.
     """
     check_measure(depth, by)
+    check_micro_batches(gradients, at_least=2)
+    measured = functools.partial(_noise_of, depth=depth, by=by, where=where, axis_name=axis_name)
+    noise: dict[str, GradientNoise] = with_automatic_axes(measured, gradients)
+    return noise
+
+
+def check_micro_batches(gradients: optax.Updates, at_least: int) -> None:
+    """Raises unless all leaves begin with an axis of as many micro-batches."""
     shapes = {path: shape_of(leaf) for path, leaf in leaves_of(gradients)[0]}
     most = max((shape[0] for shape in shapes.values() if shape), default=0)
     for path, shape in shapes.items():
         count, *_ = (*shape, 0)
-        if count < 2 or count != most:
+        if count < at_least or count != most:
             raise ValueError(
                 f"{shown(path, shape)} has the gradients of {count} micro-batches on its first "
-                "axis, but leaves have to have those of the same number, two or more, as "
+                f"axis, but leaves have to have those of the same number, {at_least} or more, as "
                 "jax.vmap(jax.grad(loss), in_axes=(None, 0))(params, batches) gives."
             )
-    measured = functools.partial(_noise_of, depth=depth, by=by, where=where, axis_name=axis_name)
-    noise: dict[str, GradientNoise] = with_automatic_axes(measured, gradients)
-    return noise
 
 
 @functools.partial(jax.jit, static_argnames=("depth", "by", "where", "axis_name"))

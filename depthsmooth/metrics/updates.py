@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +17,13 @@ from depthsmooth.arrays.halos import exchange
 from depthsmooth.arrays.layers import Tensor
 from depthsmooth.arrays.norms import inner, norms, ratio
 from depthsmooth.arrays.shifts import apply
-from depthsmooth.depth.layout import Depth, Layout, Where, selected
+from depthsmooth.depth.layout import Depth, Layout, Where
 from depthsmooth.depth.leaves import Track
-from depthsmooth.depth.names.find import depth_in
 from depthsmooth.depth.paths import leaves_of
 from depthsmooth.mesh import AxisName, with_automatic_axes
+from depthsmooth.metrics.measured import By, check_measure, of_all, places_of, tracks_of
+from depthsmooth.metrics.signal import DepthSignal
 from depthsmooth.operators.stencil import Stencil, exists, join
-
-By = Literal["group", "tensor"]
-"""What is measured: the blocks of each group, or each of their tensors by itself."""
 
 
 class DepthMetrics(NamedTuple):
@@ -49,6 +46,8 @@ class DepthMetrics(NamedTuple):
         the next. Its sum is :math:`\sum_\ell \|u_\ell\|^2`, and powers below about 1e-6 of that
         are rounding in float32. :func:`~depthsmooth.window` multiplies :math:`p_k` by the square
         of :math:`1 - \alpha + \alpha \cos(\pi k / L)`.
+      signal: of gradients that :func:`~depthsmooth.monitor_depth` has seen in halves, what they
+        share apart from noise.
     """
 
     roughness: jax.Array
@@ -58,6 +57,7 @@ class DepthMetrics(NamedTuple):
     norms: jax.Array
     similarity: jax.Array | None = None
     spectrum: jax.Array | None = None
+    signal: DepthSignal | None = None
 
 
 def depth_metrics(
@@ -111,36 +111,6 @@ def depth_metrics(
     return metrics
 
 
-def check_measure(depth: Layout, by: By) -> None:
-    """Raises unless these say what can be measured."""
-    if not isinstance(depth, Layout):
-        raise ValueError(
-            f"depth is a {type(depth).__name__}, but has to be a Depth, such as "
-            "trace_depth(loss_fn, params, batch) gives. Updates come before it."
-        )
-    if by not in ("group", "tensor"):
-        raise ValueError(f"by is {by!r}, but has to be 'group' or 'tensor'.")
-
-
-def places_of(updates: optax.Updates, depth: Layout, where: Where | None) -> Depth:
-    """The places of the leaves that count."""
-    places = depth_in(updates, depth)
-    return places if where is None else selected(places, where, updates)
-
-
-def tracks_of(places: Depth, by: By) -> dict[str, list[Track]]:
-    """What is measured together, by name."""
-    tensors = collections.Counter(track.tensor_name for track in places.tracks)
-    together: dict[str, list[Track]] = {}
-    for track in places.tracks:
-        name = track.group
-        if by == "tensor":
-            several = tensors[track.tensor_name] > 1
-            name = f"{track.group}/{track.tensor_name}" if several else track.tensor_name
-        together.setdefault(name, []).append(track)
-    return together
-
-
 @functools.partial(jax.jit, static_argnames=("places", "by", "full", "axis_name"))
 def _metrics_of(
     leaves: Mapping[str, jax.Array],
@@ -171,11 +141,6 @@ def _metrics_of(
                 similarity=ratio(products, sizes[:, None] * sizes), spectrum=spectrum(products)
             )
     return metrics
-
-
-def of_all(values: jax.Array, layers: int) -> jax.Array:
-    """Values of the first layers, and 0 for those after them."""
-    return jnp.pad(values, (0, layers - len(values)))
 
 
 def _neighbours(tensor: Tensor, track: Track) -> tuple[Tensor, Tensor]:
