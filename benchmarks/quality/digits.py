@@ -53,8 +53,12 @@ class Digits(Task):
 
     def loss(self, params: optax.Params, key: jax.Array) -> jax.Array:
         """Mean cross-entropy in nats per image."""
+        return self._loss(params, key)
+
+    def _loss(self, params: optax.Params, key: jax.Array, *others: jax.Array) -> jax.Array:
         drawn = jax.random.randint(key, (BATCH,), 0, len(self.train))
-        return _losses(self._logits(params, self.train[drawn]), self.labels[drawn]).mean()
+        logits = self._logits(params, self.train[drawn], *others)
+        return _losses(logits, self.labels[drawn]).mean()
 
     def evaluate(
         self, params: optax.Params, key: jax.Array, part: jax.Array
@@ -74,8 +78,8 @@ class Digits(Task):
         drawn = jax.random.randint(key, (BATCH,), 0, self.test.shape[1])
         return self.model.apply(params, self.images.normalised(self.test[0, drawn]))[1]
 
-    def _logits(self, params: optax.Params, pixels: jax.Array) -> jax.Array:
-        return self.model.apply(params, self.images.normalised(pixels))[0]
+    def _logits(self, params: optax.Params, pixels: jax.Array, *others: jax.Array) -> jax.Array:
+        return self.model.apply(params, self.images.normalised(pixels), *others)[0]
 
 
 class VisionTransformer(nn.Module):

@@ -32,9 +32,9 @@ class Layer(nn.Module):
     """Adds what two linear layers make of the stream to it."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps the stream (batch, width) to itself, twice: ``nn.scan`` keeps the second."""
-        x = x + dense(WIDTH, WIDTH, "out")(nn.gelu(dense(WIDTH, WIDTH, "in")(x)))
+        x = x + factor * dense(WIDTH, WIDTH, "out")(nn.gelu(dense(WIDTH, WIDTH, "in")(x)))
         return x, x
 
 
@@ -43,19 +43,25 @@ class ResidualMlp(nn.Module):
 
     classes: int
     layers: int
+    branch: float = 1.0
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Gives logits, and the hidden states (layers + 1, batch, width)."""
+    def __call__(
+        self, images: jax.Array, kept: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Gives logits, and the hidden states (layers + 1, batch, width).
+
+        What each layer adds is multiplied by ``branch``, and by its number in ``kept``.
+        """
+        factors = self.branch * (jnp.ones(self.layers) if kept is None else kept)
         pixels = images.reshape(len(images), -1)
         first = dense(WIDTH, pixels.shape[1], "embed")(pixels)
         blocks = nn.scan(
             Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
             length=self.layers,
         )
-        last, states = blocks(name="blocks")(first, None)
+        last, states = blocks(name="blocks")(first, factors)
         head = dense(self.classes, WIDTH, "head")
         return head(last), jnp.concatenate([first[None], states])

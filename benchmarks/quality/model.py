@@ -7,16 +7,18 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 
 class Block(nn.Module):
     """Attention, then an MLP, each normalised before and added to the stream.
 
-    Kernels and biases begin uniform in ±1/√(features in).
+    Kernels and biases begin uniform in ±1/√(features in). ``branch`` multiplies what is added.
     """
 
     heads: int
     causal: bool = False
+    branch: float = 1.0
     expansion: int = 2
 
     @nn.compact
@@ -26,11 +28,16 @@ class Block(nn.Module):
         hidden = dense(3 * width, width, "qkv")(nn.LayerNorm(name="attention_norm")(x))
         queries, keys, values = jnp.split(hidden.reshape(batch, tokens, self.heads, -1), 3, -1)
         mixed = jax.nn.dot_product_attention(queries, keys, values, is_causal=self.causal)
-        x = x + dense(width, width, "out")(mixed.reshape(x.shape))
+        x = x + self.branch * dense(width, width, "out")(mixed.reshape(x.shape))
         inner = self.expansion * width
         hidden = dense(inner, width, "mlp_in")(nn.LayerNorm(name="mlp_norm")(x))
-        x = x + dense(width, inner, "mlp_out")(nn.gelu(hidden, approximate=False))
+        x = x + self.branch * dense(width, inner, "mlp_out")(nn.gelu(hidden, approximate=False))
         return x, x
+
+
+def alike(blocks: optax.Params) -> optax.Params:
+    """Stacked blocks, all of which are the first."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), blocks)
 
 
 def dense(features: int, inputs: int, name: str, *, bias: bool = True) -> nn.Dense:
@@ -45,7 +52,9 @@ def _uniform(
     return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
-def stack(layers: int, name: str, heads: int, causal: bool = False) -> nn.Module:
+def stack(
+    layers: int, name: str, heads: int, causal: bool = False, branch: float = 1.0
+) -> nn.Module:
     """Blocks in a row: gives the stream, and what it was after each, (layers, batch, …)."""
     blocks = nn.scan(
         Block,
@@ -54,7 +63,7 @@ def stack(layers: int, name: str, heads: int, causal: bool = False) -> nn.Module
         in_axes=nn.broadcast,
         length=layers,
     )
-    return blocks(heads, causal, name=name)
+    return blocks(heads, causal, branch, name=name)
 
 
 class Transformer(nn.Module):
@@ -65,6 +74,7 @@ class Transformer(nn.Module):
     width: int = 32
     heads: int = 4
     causal: bool = False
+    branch: float = 1.0
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -75,6 +85,7 @@ class Transformer(nn.Module):
         )
         positions = self.param("positions", nn.initializers.normal(0.02), (length, self.width))
         first = embed(tokens) + positions
-        last, states = stack(self.layers, "blocks", self.heads, self.causal)(first, None)
+        blocks = stack(self.layers, "blocks", self.heads, self.causal, self.branch)
+        last, states = blocks(first, None)
         head = dense(self.vocabulary, self.width, "head", bias=False)
         return head(nn.LayerNorm(name="norm")(last)), jnp.concatenate([first[None], states])

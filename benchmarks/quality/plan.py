@@ -9,13 +9,16 @@ import math
 import pathlib
 import shlex
 from collections.abc import Callable, Iterable
+from typing import get_args
 
+from benchmarks.quality.aligned import Aligned
 from benchmarks.quality.arms import Arm, Base, Scope
 from benchmarks.quality.diffusion import Diffusion
 from benchmarks.quality.digits import Digits
 from benchmarks.quality.mlp import Mlp
 from benchmarks.quality.policy import Policy
 from benchmarks.quality.reversal import Reversal
+from benchmarks.quality.starts import Start, Starts
 from benchmarks.quality.studies import Study
 from benchmarks.quality.task import TUNING, Task
 from benchmarks.quality.text import Text
@@ -28,7 +31,15 @@ TASKS: dict[str, Callable[..., Task]] = {
     "mlp": Mlp,
     "diffusion": Diffusion,
     "policy": Policy,
+    "dropped": functools.partial(Aligned, "dropped"),
+    "private": functools.partial(Aligned, "private"),
+    **{
+        f"{start}_{how}": functools.partial(Starts, start, how == "coupled")
+        for start in get_args(Start)
+        for how in ("free", "coupled")
+    },
 }
+"""The last eight ask why: what they learn is what mlp and text do."""
 NOISY = tuple(range(TUNING, TUNING + 10))
 """Tuning seeds where losses differ much from seed to seed."""
 CHANCE = {
@@ -39,6 +50,9 @@ CHANCE = {
     "cifar100": math.log(100),
     "diffusion": 1.0,
     "policy": 1.0,
+    "dropped": math.log(10),
+    "private": math.log(10),
+    **{name: math.log(256) for name in TASKS if name.endswith(("_free", "_coupled"))},
 }
 """The loss of who knows nothing."""
 ALPHAS = (0.05, 0.1, 0.2, 0.35, 0.5)
@@ -150,6 +164,17 @@ def _policy() -> Iterable[Study]:
     yield _own(12, 100)
 
 
+def _noise() -> Iterable[Study]:
+    """As the layers' own rate, with the mean over layers, for what is the same in all of them."""
+    arms = [Arm("adamw", alpha=alpha, own=own) for alpha in (0.0, 0.2, 0.5) for own in OWN]
+    arms += [Arm("adamw", alpha=0.9, control="mean", own=own) for own in OWN]
+    yield Study("noise", 24, 300, tuple(arms), tuning=NOISY)
+
+
+def _start() -> Iterable[Study]:
+    yield Study("start", 16, 300, (Arm("adamw"),))
+
+
 def _depths(steps: int, *alphas: float) -> Iterable[Study]:
     """The claim is tested with the published share, for it must not change with depth."""
     arms = SMOOTHED.plain, SMOOTHED, *(Arm("adamw", alpha=alpha) for alpha in alphas)
@@ -194,4 +219,7 @@ _STUDIES = {
     "diffusion": _diffusion,
     "policy": _policy,
     "cifar100": _digits,
+    "dropped": _noise,
+    "private": _noise,
+    **{name: _start for name in TASKS if name.endswith(("_free", "_coupled"))},
 }

@@ -127,6 +127,10 @@ class Study:
             wanted += [run for rate in rates for run in self.tests(arm, rate)]
         return [run for run in dict.fromkeys(wanted) if run not in results.lines]
 
+    def is_tuned(self, arm: Arm, results: Results) -> bool:
+        """Whether its best rate is known."""
+        return not self._untuned(arm, results)
+
     def expected(self) -> int:
         """About how many runs it takes."""
         tuned = (len(self.rates) + 3) * SCREENING + 4 * len(self.tuning[SCREENING:])

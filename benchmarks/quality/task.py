@@ -78,6 +78,10 @@ class Task(abc.ABC):
     def states(self, params: optax.Params, key: jax.Array) -> jax.Array:
         """Hidden states of such data, of shape (layers + 1, ..., features)."""
 
+    def before(self) -> optax.GradientTransformation:
+        """What comes before the base optimizer."""
+        return optax.identity()
+
     def schedule(self, count: jax.Array) -> jax.Array:
         """The share of the learning rate at a step: warm-up, then a cosine to 0."""
         warmup = max(1, self.steps // 10)

@@ -34,10 +34,13 @@ class Text(Task):
         self.train = jnp.asarray(corpus.train)
         half = len(corpus.validation) // 2
         self.validation = jnp.asarray(corpus.validation[: 2 * half].reshape(2, half))
-        self.model = Transformer(256, layers, causal=True)
+        self.model = self._model()
         params = jax.eval_shape(self.init, jax.random.key(0))
         windows = jax.ShapeDtypeStruct((BATCH, CONTEXT + 1), jnp.int32)
         self.depth = trace_depth(self._loss, params, windows)
+
+    def _model(self) -> Transformer:
+        return Transformer(256, self.layers, causal=True)
 
     def init(self, key: jax.Array) -> optax.Params:
         """Draws parameters."""

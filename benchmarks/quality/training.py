@@ -67,7 +67,7 @@ def program(task: Task, kind: Arm, observed: bool = False) -> Callable[..., Curv
         part = (seed >= TUNING).astype(int)
         mixing = kind.mixing(task.depth, alpha, matrix)
         scaling = kind.scaling(task.depth, own)
-        tx = _optimizer(task, kind.base, observed, mixing, scaling, rate)
+        tx = optimizer(task, kind.base, rate, mixing, scaling, observed)
 
         def step(carry: Any, count: jax.Array) -> tuple[Any, jax.Array]:
             params, state = carry
@@ -92,24 +92,27 @@ def program(task: Task, kind: Arm, observed: bool = False) -> Callable[..., Curv
     return run
 
 
-def _optimizer(
+def optimizer(
     task: Task,
     base: Base,
-    observed: bool,
-    mixing: optax.GradientTransformation,
-    scaling: optax.GradientTransformation,
-    rate: jax.Array,
+    rate: jax.typing.ArrayLike,
+    mixing: optax.GradientTransformation | None = None,
+    scaling: optax.GradientTransformation | None = None,
+    observed: bool = False,
 ) -> optax.GradientTransformation:
+    """A base optimizer at a rate, with what an arm puts behind it."""
+
     def monitor(name: str) -> optax.GradientTransformation:
         every = task.steps // EVALUATIONS
         return ds.monitor_depth(task.depth, every, name=name) if observed else optax.identity()
 
     return optax.chain(
+        task.before(),
         preconditioner(base, task.depth),
         monitor("before"),
-        mixing,
+        mixing or optax.identity(),
         monitor("after"),
-        scaling,
+        scaling or optax.identity(),
         optax.add_decayed_weights(0.0 if base == "sgd" else task.decay),
         optax.scale_by_learning_rate(lambda count: rate * task.rates[base] * task.schedule(count)),
     )

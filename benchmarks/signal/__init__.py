@@ -1,0 +1,1 @@
+"""What neighbouring layers' gradients share while tasks are trained, and what that foretells."""
