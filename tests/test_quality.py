@@ -31,7 +31,7 @@ from benchmarks.quality.runs import Results, Run
 from benchmarks.quality.studies import SCREENING, Study
 from benchmarks.quality.task import TUNING
 from benchmarks.quality.text import Text
-from benchmarks.report import document
+from benchmarks.report import document, why
 from benchmarks.report.claims import _share_until, claims
 from benchmarks.report.evidence import gather
 from benchmarks.report.statistics import Comparison, Verdict, corrected, judged, overall
@@ -475,7 +475,7 @@ def test_the_recommendation_follows_from_the_runs(helps, tmp_path):
 
     found(loss, tmp_path)
     evidence, _ = gather(tmp_path)
-    retune, alpha = document.recommendation(evidence, claims(evidence)).splitlines()[2:]
+    retune, alpha = document.recommendation(evidence, claims(evidence))
     assert ("worth a try" in retune) == helps
     assert ("do not bother" in retune) != helps
     assert "In 2 settings" in retune
@@ -569,10 +569,11 @@ def test_what_is_written_is_what_was_measured():
     """No number in RESULTS.md, or in README's recommendation, but from the kept results."""
     evidence, begun = gather(KEPT)
     pictures = [path.stem for path in (ROOT / "docs" / "results").glob("*.png")]
-    names = [name for name in document.PICTURES if name in pictures]
-    assert (ROOT / "RESULTS.md").read_text() == document.document(evidence, begun, names)
-    advice = document.recommendation(evidence, claims(evidence))
-    assert advice.split("\n\n", 1)[1] in (ROOT / "README.md").read_text()
+    names = [name for name in (*document.PICTURES, "signal") if name in pictures]
+    signals = why.read(KEPT.parent / "signal")
+    assert (ROOT / "RESULTS.md").read_text() == document.document(evidence, begun, names, signals)
+    advice = document.in_readme(document.recommendation(evidence, claims(evidence)))
+    assert f"\n\n{document.bullets(advice)}\n\n" in (ROOT / "README.md").read_text()
 
 
 def test_the_published_direction_is_reproduced():

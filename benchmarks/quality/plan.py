@@ -39,7 +39,8 @@ TASKS: dict[str, Callable[..., Task]] = {
         for how in ("free", "coupled")
     },
 }
-"""The last eight ask why: what they learn is what mlp and text do."""
+PURPOSE = tuple(name for name in TASKS if name in ("dropped", "private") or "_" in name)
+"""Those that ask why: what they learn is what mlp and text do."""
 NOISY = tuple(range(TUNING, TUNING + 10))
 """Tuning seeds where losses differ much from seed to seed."""
 CHANCE = {
@@ -72,7 +73,9 @@ PUBLISHED = (
 )
 SMOOTHED = Arm("adamw", alpha=0.2)
 OWN = (0.125, 0.25, 0.5, 1.0, 2.0)
-"""What the layers' rate is multiplied by; the rest's has each of its own beside it."""
+"""What the layers' rate is multiplied by, with a best rate for the rest beside each."""
+DEEPER_OWN = (1 / 32, 1 / 16, *OWN)
+"""For MLPs without norms, whose layers want the smallest of those."""
 DEPTHS = (4, 8, 16, 32, 64)
 
 
@@ -149,7 +152,7 @@ def _digits() -> Iterable[Study]:
 def _mlp() -> Iterable[Study]:
     arms = tuple(_selection("adamw"))
     yield Study("grid", 24, 300, arms, untuned=arms, swept=True, tuning=NOISY)
-    yield dataclasses.replace(_own(24, 300), tuning=NOISY)
+    yield dataclasses.replace(_own(24, 300, DEEPER_OWN), tuning=NOISY)
 
 
 def _diffusion() -> Iterable[Study]:
@@ -166,8 +169,8 @@ def _policy() -> Iterable[Study]:
 
 def _noise() -> Iterable[Study]:
     """As the layers' own rate, with the mean over layers, for what is the same in all of them."""
-    arms = [Arm("adamw", alpha=alpha, own=own) for alpha in (0.0, 0.2, 0.5) for own in OWN]
-    arms += [Arm("adamw", alpha=0.9, control="mean", own=own) for own in OWN]
+    arms = [Arm("adamw", alpha=alpha, own=own) for alpha in (0.0, 0.2, 0.5) for own in DEEPER_OWN]
+    arms += [Arm("adamw", alpha=0.9, control="mean", own=own) for own in DEEPER_OWN]
     yield Study("noise", 24, 300, tuple(arms), tuning=NOISY)
 
 
@@ -187,9 +190,9 @@ def _mechanism(layers: int, steps: int) -> Study:
     return Study("mechanism", layers, steps, arms, SMOOTHED, untuned=arms, observed=True)
 
 
-def _own(layers: int, steps: int) -> Study:
+def _own(layers: int, steps: int, factors: tuple[float, ...] = OWN) -> Study:
     """The base optimizer and smoothing, each with the layers' rate tuned beside the rest's."""
-    arms = (Arm("adamw", alpha=alpha, own=own) for alpha in (0.0, 0.1, 0.2, 0.5) for own in OWN)
+    arms = (Arm("adamw", alpha=alpha, own=own) for alpha in (0.0, 0.1, 0.2, 0.5) for own in factors)
     return Study("own", layers, steps, tuple(arms))
 
 

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Sequence
 
 from benchmarks import results
+from benchmarks.report import why
 from benchmarks.report.document import document
 from benchmarks.report.evidence import gather
 from benchmarks.report.pictures import draw
@@ -24,9 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evidence, begun = gather(given.results)
     if not evidence:
         options.error(f"{given.results} holds no complete study: run python -m benchmarks.quality")
-    pictures = draw(evidence, given.out / "docs" / "results")
+    signals = why.read(given.results.parent / "signal")
+    pictures = draw(evidence, signals, given.out / "docs" / "results")
     with replacing(given.out / "RESULTS.md") as file:
-        file.write(document(evidence, begun, pictures).encode())
+        file.write(document(evidence, begun, pictures, signals).encode())
     print(f"Written: {given.out / 'RESULTS.md'}, of {len(evidence)} complete studies.")
 
 

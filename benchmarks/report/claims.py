@@ -9,12 +9,13 @@ import numpy as np
 
 from benchmarks import results
 from benchmarks.quality.arms import Arm, Base
+from benchmarks.report import own
 from benchmarks.report.evidence import LOSS, Curves, Evidence, Measure, last, mean
 from benchmarks.report.statistics import Comparison, Verdict, corrected, judged, overall
 
-OPPONENTS = ("untuned", "retuned", "deepest", "shuffled", "shrunk", "mean")
+OPPONENTS = ("untuned", "retuned", "own", "deepest", "shuffled", "shrunk", "mean")
 """The first is the base optimizer at the task's own learning rate, with smoothing at the same."""
-REQUIRED = ("retuned", "deepest", "shuffled", "shrunk")
+REQUIRED = ("retuned", "own", "deepest", "shuffled", "shrunk")
 AT_ONE_RATE = (
     "Compared at one learning rate, but for “each at its best”; the base has to be beaten both ways"
 )
@@ -104,14 +105,15 @@ def claims(evidence: Sequence[Evidence]) -> list[Claim]:
     several = [
         (each, base) for each in grids if len(each.study.bases) > 1 for base in each.study.bases
     ]
-    repeated = [each for each in grids if each.task in ("digits", "cifar100")]
+    repeated = [each for each in grids if each.task in ("digits", "mlp", "cifar100")]
+    owns = {each.task: own.pair_of(each) for each in evidence if each.study.name == "own"}
     observed = [each for each in evidence if each.study.observed]
     return [
         _claim(
             "Better generalisation",
             "loss on held-out data at the end; of images, which are seen several times, also the "
             "share of wrong answers, and how much larger the loss is than in training",
-            [_loss(each, each.task) for each in grids]
+            [_loss(each, each.task, owns=owns) for each in grids]
             + [_other(each, f"{each.task}, wrong answers", _wrong) for each in repeated]
             + [_other(each, f"{each.task}, gap to training", _gap) for each in repeated],
         ),
@@ -136,7 +138,7 @@ def claims(evidence: Sequence[Evidence]) -> list[Claim]:
         _claim(
             "Works on Adam, SGD and Muon alike",
             "loss on held-out data at the end",
-            [_loss(each, f"{each.task}, {base}", base) for each, base in several],
+            [_loss(each, f"{each.task}, {base}", base, owns) for each, base in several],
         ),
         _claim(
             "Less noise in gradients",
@@ -214,9 +216,17 @@ def _measured(
     return Trial(setting, arm, pairs, share * abs(theirs.mean()))
 
 
-def _loss(evidence: Evidence, setting: str, base: Base = "adamw") -> Trial:
+def _loss(
+    evidence: Evidence,
+    setting: str,
+    base: Base = "adamw",
+    owns: Mapping[str, Pair] | None = None,
+) -> Trial:
+    """Also with a rate of the layers' own, where that was tuned."""
     trial = _measured(evidence, setting, LOSS, relevant_share(), base)
-    return dataclasses.replace(trial, task=evidence.task)
+    tuned = base == "adamw" and owns and evidence.task in owns
+    pairs = {**trial.pairs, "own": owns[evidence.task]} if owns and tuned else trial.pairs
+    return dataclasses.replace(trial, task=evidence.task, pairs=pairs)
 
 
 def _other(evidence: Evidence, setting: str, measure: Measure) -> Trial:

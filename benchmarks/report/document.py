@@ -9,18 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import results
+from benchmarks import gpu, results
 from benchmarks.quality.arms import Arm, Base
 from benchmarks.quality.studies import CANDIDATES, RATES, SCREENING
+from benchmarks.report import own, why
 from benchmarks.report.claims import OPPONENTS, SHARE, Claim, claims, relevant_share
 from benchmarks.report.evidence import Evidence, last
+from benchmarks.report.markdown import difference, table
 from benchmarks.report.statistics import Comparison, Verdict, corrected
 
+TOO_HIGH = "**Where the rate is too high and has to stay, it helps as a smaller step does**"
 NEGLIGIBLE = 1.05
 """The ratio of step times up to which cost is negligible."""
 NAMES = {
     "untuned": "minus base, both at 1×",
     "retuned": "minus base, each at its best",
+    "own": "minus base, both with the layers' own rate",
     "deepest": "minus base, at the most layers",
     "shuffled": "minus shuffled layers",
     "shrunk": "minus smaller step",
@@ -32,6 +36,7 @@ PICTURES = {
     "depth": "What smoothing gains or loses, against the number of layers",
     "mechanism": "Updates, gradients and hidden states over training, all at one learning rate",
 }
+"""Those that have a section of their own; another is in that on why."""
 MEASURED = {
     "accuracy": "accuracy",
     "bits_per_byte": "bits per byte",
@@ -40,23 +45,33 @@ MEASURED = {
 }
 
 
-def document(evidence: Sequence[Evidence], begun: Sequence[str], pictures: Sequence[str]) -> str:
+def document(
+    evidence: Sequence[Evidence],
+    begun: Sequence[str],
+    pictures: Sequence[str],
+    signals: why.Signals | None = None,
+) -> str:
     """The whole page."""
     found = claims(evidence)
     sweeps = [each for each in evidence if each.study.swept]
     parts = [
+        "# Does Gradient Smoothing help?",
+        "## Recommendation\n\n" + bullets(recommendation(evidence, found)),
         _introduction(),
         _verdicts(found),
         f"Only begun, and left out: {'; '.join(begun)}." if begun else "",
-        recommendation(evidence, found),
+        own.section(own.own_rates(evidence)),
+        why.section(evidence, signals or {}, pictures),
         _tallies(_with_their_base(evidence)),
         _replication(evidence),
         *map(_claim, found),
         "\n\n".join(["## Loss at every learning rate", *map(_sweep, sweeps)]) if sweeps else "",
         _overhead(),
+        _on_a_gpu(),
         *(
             f"## {PICTURES[name]}\n\n![{PICTURES[name]}](docs/results/{name}.png)"
             for name in pictures
+            if name in PICTURES
         ),
         "## Every arm that ran",
         *(_arms(each, base) for each in evidence for base in each.study.bases),
@@ -65,8 +80,8 @@ def document(evidence: Sequence[Evidence], begun: Sequence[str], pictures: Seque
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def recommendation(evidence: Sequence[Evidence], found: Sequence[Claim]) -> str:
-    """What to do, in three lines that README repeats."""
+def recommendation(evidence: Sequence[Evidence], found: Sequence[Claim]) -> list[str]:
+    """What to do, in four sentences, each with what it rests on; README repeats three."""
     settings = {
         (finding.trial.task, finding.trial.arm.base): finding
         for claim in found
@@ -79,15 +94,40 @@ def recommendation(evidence: Sequence[Evidence], found: Sequence[Claim]) -> str:
     ]
     won.append(sum(each.verdict is Verdict.SUPPORTED for each in settings.values()))
     advice = "it may be worth a try" if won[-1] else "if you can, do not bother with smoothing"
-    lines = [
+    return [
         f"**Retune the learning rate first; {advice}.** In {len(settings)} settings (a task and a "
         f"base optimizer), the smoothed arm that other seeds had chosen, all at their best rates, "
         f"was significantly better than its base optimizer in {won[0]}, than shuffled layers in "
-        f"{won[1]}, and than base, shuffled layers and smaller step together in {won[2]}.",
+        f"{won[1]}, and than base and all controls together in {won[2]}.",
+        *_own_rate(own.own_rates(evidence)),
         *_as_a_smaller_step(evidence),
         _safe(_with_their_base(evidence)),
     ]
-    return "## Recommendation\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def in_readme(lines: Sequence[str]) -> list[str]:
+    """The recommendation without what is to be done where the rate has to stay."""
+    return [line for line in lines if not line.startswith(TOO_HIGH)]
+
+
+def bullets(lines: Sequence[str]) -> str:
+    """In Markdown."""
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _own_rate(found: Sequence[own.Own]) -> list[str]:
+    """Whether the layers want a rate of their own, and whether mixing adds to it."""
+    if not found:
+        return []
+    gained = sum(each.gained.better for each in found)
+    mixed = sum(each.mixing.better for each in found)
+    advice = "give the layers a learning rate of their own" if gained else "leave it at that"
+    return [
+        f"**Then {advice}.** In {len(found)} tasks, AdamW with such a rate, which mixes nothing, "
+        f"was significantly better than AdamW in {gained} and worse in "
+        f"{sum(each.gained.worse for each in found)}; smoothing with such a rate was better than "
+        f"that in {mixed} and worse in {sum(each.mixing.worse for each in found)}."
+    ]
 
 
 def _as_a_smaller_step(evidence: Sequence[Evidence]) -> list[str]:
@@ -101,9 +141,8 @@ def _as_a_smaller_step(evidence: Sequence[Evidence]) -> list[str]:
                 for one in (arm, arm.controlled("shrunk"))
             )
             return [
-                f"**Where the rate is too high and has to stay, it helps as a smaller step does**: "
-                f"in {each.task} α = {arm.alpha:g} changes the loss by {ours}, the smaller step "
-                f"alone by {control}."
+                f"{TOO_HIGH}: in {each.task} α = {arm.alpha:g} changes the loss by {ours}, the "
+                f"smaller step alone by {control}."
             ]
     return []
 
@@ -203,7 +242,7 @@ def _claim(claim: Claim) -> str:
             finding.trial.setting,
             f"`{finding.trial.arm}`",
             f"{finding.ours:.4f}",
-            *(_compared(finding.comparisons.get(name)) for name in met),
+            *(difference(finding.comparisons.get(name)) for name in met),
             finding.verdict.value,
         ]
         for finding in claim.findings
@@ -305,13 +344,6 @@ def _details(comparison: Comparison) -> list[str]:
     return [str(comparison), f"{difference.better}/{difference.seeds}", f"{comparison.p:.2g}"]
 
 
-def _compared(comparison: Comparison | None) -> str:
-    if comparison is None:
-        return "–"
-    sign = " better" if comparison.better else " worse" if comparison.worse else ""
-    return f"{comparison}{sign}"
-
-
 def _training() -> dict[str, Any]:
     """What was measured of whole training steps."""
     measured = results.read("speed") or {"rows": []}
@@ -347,10 +379,22 @@ def _overhead() -> str:
     )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _on_a_gpu() -> str:
+    """What was learnt there, if anything has run."""
+    kept = results.read("gpu")
+    if kept is None:
+        return (
+            "## On a GPU\n\nNothing on this page has run on a GPU. `python -m benchmarks.gpu` "
+            "(extra `bench`) trains 24 layers and 42 million parameters with the controls that "
+            "matter, in less than nine minutes on an H100, and saves as it goes."
+        )
+    learnt = kept["text"]
+    return (
+        "## On a GPU\n\nSource code of installed packages, 24 layers, "
+        f"{learnt['parameters'] / 1e6:.0f} million parameters, {learnt['steps']} steps; rates and "
+        "factors chosen on another seed:\n\n"
+        f"{gpu.text_table(kept)}\n\n*{kept['device']}; JAX {kept['jax']}; {kept['date']}*"
+    )
 
 
 def _anchor(title: str) -> str:
@@ -360,7 +404,7 @@ def _anchor(title: str) -> str:
 def _introduction() -> str:
     share = 100 * relevant_share()
     return f"""\
-# Does Gradient Smoothing help?
+## What was done
 
 Small models, trained on a CPU, with repeated seeds and controls. This page is made out of
 [benchmarks/results](benchmarks/results) by `python -m benchmarks.report`.

@@ -16,8 +16,10 @@ from numpy.typing import ArrayLike
 from benchmarks.quality.arms import Arm
 from benchmarks.quality.plan import ALPHAS
 from benchmarks.quality.studies import RATES
+from benchmarks.report import why
 from benchmarks.report.claims import by_depth
 from benchmarks.report.evidence import Evidence
+from benchmarks.signal.training import TENTHS
 from depthsmooth.demo.results import replacing
 from depthsmooth.plot.pictures import COLOURS, interval
 
@@ -39,18 +41,20 @@ MECHANISM = {
 }
 
 
-def draw(evidence: Sequence[Evidence], directory: pathlib.Path) -> list[str]:
+def draw(evidence: Sequence[Evidence], signals: why.Signals, directory: pathlib.Path) -> list[str]:
     """Writes the pictures that there are results for, and gives their names."""
     figures = {
         "alpha": _alpha([each for each in evidence if _published(0.5) in each.study.arms]),
         "rates": _rates([each for each in evidence if each.study.swept]),
         "depth": _depth(evidence),
         "mechanism": _mechanism([each for each in evidence if each.study.observed]),
+        "signal": _signal(signals),
     }
     directory.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         if figure.axes:
-            entries = figure.axes[0].get_legend_handles_labels()
+            axes = max(figure.axes, key=lambda ax: len(ax.get_legend_handles_labels()[0]))
+            entries = axes.get_legend_handles_labels()
             figure.legend(*entries, loc="outside upper center", ncols=len(NAMES), frameon=False)
             FigureCanvasAgg(figure)
             with replacing(directory / f"{name}.png") as file:
@@ -134,6 +138,27 @@ def _mechanism(evidence: Sequence[Evidence]) -> Figure:
             ax.set_title(f"{each.task}: {title}", fontsize=10)
             ax.set_xlabel("step")
             ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
+    return figure
+
+
+def _signal(signals: why.Signals) -> Figure:
+    """Of each kind of tensor, over training: signal solid, noise dashed."""
+    tasks = {task: each for task, each in signals.items() if why.is_plain(task)}
+    figure = Figure(figsize=(14, 4 * math.ceil(len(tasks) / 3)), layout="constrained")
+    for number, (task, measured) in enumerate(tasks.items(), 1):
+        ax = figure.add_subplot(math.ceil(len(tasks) / 3), 3, number)
+        for kind, colour in zip(why.KINDS, COLOURS, strict=False):
+            told = [why.cosines(measured, "adamw", kind, [tenth]) for tenth in TENTHS]
+            if len(told[0]) < 2:
+                continue
+            for column, style in ((0, "o-"), (1, "o--")):
+                values = np.transpose([each[:, column] for each in told])
+                x = np.array(TENTHS) / TENTHS[-1]
+                label = kind if column == 0 else None
+                ax.plot(x, values.mean(0), style, color=colour, markersize=4, label=label)
+                if column == 0:
+                    ax.fill_between(x, *interval(values), color=colour, alpha=0.15, linewidth=0)
+        ax.set(title=task, xlabel="share of the training", ylabel="cosine of neighbours")
     return figure
 
 
