@@ -13,6 +13,7 @@ import pytest
 
 import depthsmooth as ds
 from benchmarks import compile_time, compiled_cost, hlo, per_layer, results, speed, step_time
+from benchmarks.signal import samples
 
 
 def test_refuses_to_compare_different_devices(tmp_path):
@@ -216,6 +217,15 @@ def test_the_page_of_optimizers_shows_the_kept_result_of_eformer():
     assert per_layer.markdown(kept["differences"]) in page
     assert f"with eformer {kept['eformer']}.*" in page
     assert kept["differences"].keys() == per_layer.OF_EFORMER.keys()
+
+
+def test_the_page_on_signal_says_how_many_micro_batches_it_takes():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "signal.md").read_text()
+    rows = results.read("signal_samples")["rows"]
+    assert samples.markdown(rows) in page
+    widths = {(row["share"], row["micro_batches"]): row["half_width"] for row in rows}
+    assert max(widths[0.05, 16], widths[0.01, 64]) < 0.1  # as the page advises
+    assert min(row["held"] for row in rows) >= 0.92
 
 
 def test_layers_as_their_own_are_measured():

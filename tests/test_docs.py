@@ -31,7 +31,7 @@ TRAINS = pytest.param("optimizers", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
-    "name", ["start", "depth", "operators", "own_operator", "per_layer", TRAINS, "faq"]
+    "name", ["start", "depth", "operators", "own_operator", "per_layer", "signal", TRAINS, "faq"]
 )
 def test_code_prints_what_is_below_it(name, capsys):
     names = {}

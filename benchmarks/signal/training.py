@@ -32,11 +32,8 @@ def measure(task: Task, base: Base, rate: float, seed: int) -> list[dict[str, An
       :func:`sums_of`); ``predicted``, for each of ``ALPHAS``; and ``curved``, five products.
     """
     start, batches, examination = jax.random.split(jax.random.key(seed), 3)
-    tx = optimizer(task, base, rate)
-    stretch, examined = _programs(task, base, tx)
-    params = jax.jit(task.init)(start)
-    state = jax.jit(tx.init)(params)
-    own = jax.jit(preconditioner(base, task.depth).init)(params)
+    begin, stretch, examined = _programs(task, base, rate)
+    params, state, own = begin(start)
     told = []
     for tenth in range(TENTHS[-1] + 1):
         if tenth in TENTHS:
@@ -47,11 +44,17 @@ def measure(task: Task, base: Base, rate: float, seed: int) -> list[dict[str, An
     return told
 
 
-def _programs(task: Task, base: Base, tx: optax.GradientTransformation) -> tuple[Any, Any]:
-    """A tenth of the training, and the measurement after it."""
+@functools.lru_cache(1)
+def _programs(task: Task, base: Base, rate: float) -> tuple[Any, Any, Any]:
+    """The start, a tenth of the training, and the measurement after it: the same for all seeds."""
     steps = task.steps // TENTHS[-1]
+    tx = optimizer(task, base, rate)
     # Beside the optimizer goes its preconditioner alone, whose updates are measured.
     directions = preconditioner(base, task.depth)
+
+    def begin(key: jax.Array) -> Any:
+        params = task.init(key)
+        return params, tx.init(params), directions.init(params)
 
     def step(carry: Any, count: jax.Array, batches: jax.Array) -> tuple[Any, None]:
         params, state, own = carry
@@ -72,7 +75,7 @@ def _programs(task: Task, base: Base, tx: optax.GradientTransformation) -> tuple
         [whole] = ds.depth_signal(gradients, task.depth).values()
         return tensors, whole, _curvature(task, directions, params, own, gradients, keys)
 
-    return jax.jit(stretch), jax.jit(examined)
+    return jax.jit(begin), jax.jit(stretch), jax.jit(examined)
 
 
 def _curvature(
