@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import depthsmooth as ds
-from benchmarks import compile_time, compiled_cost, hlo, per_layer, results, speed, step_time
+from benchmarks import compile_time, compiled_cost, gpu, hlo, per_layer, results, speed, step_time
 from benchmarks.signal import samples
 
 
@@ -217,6 +217,15 @@ def test_the_page_of_optimizers_shows_the_kept_result_of_eformer():
     assert per_layer.markdown(kept["differences"]) in page
     assert f"with eformer {kept['eformer']}.*" in page
     assert kept["differences"].keys() == per_layer.OF_EFORMER.keys()
+
+
+def test_the_page_on_sharding_says_whether_anything_has_run_on_a_gpu():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "sharding.md").read_text()
+    kept = results.read("gpu")
+    assert ("Nothing on this page has run on a GPU" in page) == (kept is None)
+    if kept:
+        assert gpu.cost_table(kept) in page
+        assert f"*{kept['device']}; JAX {kept['jax']}; {kept['date']}*" in page
 
 
 def test_the_page_on_signal_says_how_many_micro_batches_it_takes():
