@@ -73,7 +73,7 @@ class Size:
     rate: float
 
 
-FULL = Size(2**25, 1024, 1024, 16, 20, 384, 600, 1e-3)
+FULL = Size(2**25, 1024, 1024, 16, 20, 384, 400, 1e-3)
 TOY = Size(2**12, 16, 16, 4, 3, 16, 20, 1e-2)
 
 
@@ -285,7 +285,7 @@ class Learner:
 
         def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
             params, state = carry
-            batch = windows(train, key, 4 * self.size.batch)
+            batch = windows(train, key, 2 * self.size.batch)
             grads = jax.grad(functools.partial(loss_of, self.model))(params, batch)
             updates, state = tx.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), None
