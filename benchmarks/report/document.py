@@ -18,7 +18,7 @@ from benchmarks.report.evidence import Evidence, last
 from benchmarks.report.markdown import difference, table
 from benchmarks.report.statistics import Comparison, Verdict, corrected
 
-TOO_HIGH = "**Where the rate is too high and has to stay, it helps as a smaller step does**"
+TOO_HIGH = "**If the learning rate is too high and has to stay, make the steps smaller.**"
 NEGLIGIBLE = 1.05
 """The ratio of step times up to which cost is negligible."""
 NAMES = {
@@ -93,12 +93,12 @@ def recommendation(evidence: Sequence[Evidence], found: Sequence[Claim]) -> list
         for name in ("retuned", "shuffled")
     ]
     won.append(sum(each.verdict is Verdict.SUPPORTED for each in settings.values()))
-    advice = "it may be worth a try" if won[-1] else "if you can, do not bother with smoothing"
+    advice = "it may add to that" if won[-1] else "it replaces smoothing"
     return [
-        f"**Retune the learning rate first; {advice}.** In {len(settings)} settings (a task and a "
-        f"base optimizer), the smoothed arm that other seeds had chosen, all at their best rates, "
-        f"was significantly better than its base optimizer in {won[0]}, than shuffled layers in "
-        f"{won[1]}, and than base and all controls together in {won[2]}.",
+        f"**Tune the learning rate first: {advice}.** With each arm at its best learning rate, the "
+        f"chosen smoothed arm beat its base optimizer in {won[0]} of {len(settings)} settings, "
+        f"shuffled layers in {won[1]}, and all that it has to beat in {won[2]}. A setting is a "
+        "task with a base optimizer; to beat is to be significantly better.",
         *_own_rate(own.own_rates(evidence)),
         *_as_a_smaller_step(evidence),
         _safe(_with_their_base(evidence)),
@@ -119,14 +119,20 @@ def _own_rate(found: Sequence[own.Own]) -> list[str]:
     """Whether the layers want a rate of their own, and whether mixing adds to it."""
     if not found:
         return []
-    gained = sum(each.gained.better for each in found)
-    mixed = sum(each.mixing.better for each in found)
-    advice = "give the layers a learning rate of their own" if gained else "leave it at that"
+    won, lost = (
+        [sum(getattr(getattr(each, of), sign) for each in found) for of in ("gained", "mixing")]
+        for sign in ("better", "worse")
+    )
+    advice = (
+        "Then tune a learning rate for the layers alone"
+        if won[0] > lost[0]
+        else "A learning rate for the layers alone does not help either"
+    )
+    tasks = "task" if len(found) == 1 else "tasks"
     return [
-        f"**Then {advice}.** In {len(found)} tasks, AdamW with such a rate, which mixes nothing, "
-        f"was significantly better than AdamW in {gained} and worse in "
-        f"{sum(each.gained.worse for each in found)}; smoothing with such a rate was better than "
-        f"that in {mixed} and worse in {sum(each.mixing.worse for each in found)}."
+        f"**{advice}.** AdamW with such a rate, which mixes nothing, beat AdamW in {won[0]} of "
+        f"{len(found)} {tasks} and lost in {lost[0]}. With smoothing on top it beat that in "
+        f"{won[1]} and lost in {lost[1]}."
     ]
 
 
@@ -141,8 +147,8 @@ def _as_a_smaller_step(evidence: Sequence[Evidence]) -> list[str]:
                 for one in (arm, arm.controlled("shrunk"))
             )
             return [
-                f"{TOO_HIGH}: in {each.task} α = {arm.alpha:g} changes the loss by {ours}, the "
-                f"smaller step alone by {control}."
+                f"{TOO_HIGH} In {each.task}, α = {arm.alpha:g} changes the loss by {ours}. "
+                f"Steps as small, without mixing, change it by {control}."
             ]
     return []
 
@@ -164,22 +170,29 @@ def _safe(compared: Sequence[tuple[Arm, Comparison]]) -> str:
     harmful = min((arm.alpha for arm, one in compared if one.worse), default=math.inf)
     safe = max((arm.alpha for arm, _ in compared if arm.alpha < harmful), default=0.0)
     worse = [one.worse for arm, one in compared if arm.alpha > safe]
-    counts = [f"0 of {len(compared) - len(worse)} up to it"] if safe else []
-    counts += [f"{sum(worse)} of {len(worse)}" + " above it" * bool(safe)] if worse else []
-    advice = f"If you use it, keep α at {safe:g} or below" if safe else "Every α did harm"
-    better = collections.Counter(_kind(arm) for arm, one in compared if one.better)
+    advice = f"If you smooth, keep α at {safe:g} or below" if safe else "Every α did harm"
+    below = (
+        f"Up to there, none of {len(compared) - len(worse)} smoothed arms ended significantly "
+        "worse than its base optimizer, each at its best rate. "
+    )
+    above = (
+        f"Above it {sum(worse)} of {len(worse)} did. "
+        if safe
+        else (
+            f"{sum(worse)} of {len(worse)} smoothed arms ended significantly worse than their base "
+            "optimizer, each at its best rate. "
+        )
+    )
     best = "No variant or scope was significantly better with any α."
+    better = collections.Counter(_kind(arm) for arm, one in compared if one.better)
     if better:
         [(kind, count)] = better.most_common(1)
         ours = [one for arm, one in compared if _kind(arm) == kind]
         best = (
-            f"Significantly better was {kind} most often, {count} times of {len(ours)}, and worse "
-            f"{sum(one.worse for one in ours)} times."
+            f"{kind} was significantly better most often: {count} times of {len(ours)}. It was "
+            f"worse {sum(one.worse for one in ours)} times."
         )
-    return (
-        f"**{advice}.** Of the smoothed arms, {' and '.join(counts)} ended significantly worse "
-        f"than their base optimizer, each at its best rate. {best}"
-    )
+    return f"**{advice}.** {below if safe else ''}{above if worse else ''}{best}"
 
 
 def _tallies(compared: Sequence[tuple[Arm, Comparison]]) -> str:
