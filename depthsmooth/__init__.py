@@ -1,5 +1,6 @@
 """Mixes the updates of neighbouring layers: Gradient Smoothing for Optax."""
 
+from depthsmooth.carry_over import carry_over
 from depthsmooth.depth import (
     AmbiguousDepthError,
     Depth,
@@ -73,6 +74,7 @@ __all__ = [
     "adamw",
     "as_scalars",
     "augment_over_depth",
+    "carry_over",
     "compose",
     "depth_metrics",
     "depth_signal",

@@ -187,6 +187,7 @@ MAY_IMPORT = {
     "per_layer": {"depth", "arrays"},
     "rates": {"operators", "depth", "arrays", "mesh", "transform"},
     "metrics": {"operators", "depth", "arrays", "mesh", "transform"},
+    "carry_over": {"depth", "metrics", "transform"},
     "optimizers": {"operators", "depth", "arrays", "mesh", "transform"},
     "plot": {"depth", "operators"},
     "cli": {"depth"},
