@@ -29,6 +29,9 @@ LAYERS = {
 }
 
 
+FINETUNE = "examples/finetune.py"
+
+
 def undone(diff, script):
     """The script as it was before the diff."""
     for hunk in diff.split("@@\n")[1:]:
@@ -81,7 +84,8 @@ def losses(output):
 
 def test_every_example_is_in_the_document():
     scripts = {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}
-    assert set(DIFFS) == scripts == {f"examples/{name}.py" for name in LAYERS}
+    assert set(DIFFS) == scripts - {FINETUNE} == {f"examples/{name}.py" for name in LAYERS}
+    assert f"`python {FINETUNE}`" in (ROOT / "docs" / "examples.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -102,3 +106,23 @@ def test_an_example_differs_from_its_unsmoothed_self_by_the_diff(name, tmp_path)
     assert (int(layers), found_by) == (LAYERS[name], "trace")
     assert losses(unsmoothed) == losses(plain)
     assert losses(plain)[-1] != last
+
+
+def test_fine_tuning_freezes_decays_and_goes_on(tmp_path):
+    """Frozen layers stay, others move; a run in two parts ends as one that is not interrupted."""
+    kept = ["--directory", str(tmp_path / "checkpoints")]
+    script = ROOT / FINETUNE
+    first, second, whole = printed(
+        [script, "--steps", "10", *kept],
+        [script, "--steps", "20", *kept],
+        [script, "--steps", "20"],
+    )
+    assert re.search(r"^layers +6 +0 +20 .* trace$", first, re.M)
+    of_first, of_second, of_whole = map(losses, (first, second, whole))
+    assert of_first + of_second == of_whole
+    assert len(of_whole) == 2
+    end = "norms moved by"
+    assert second.split(end)[1] == whole.split(end)[1]
+    moved = [float(each) for each in re.findall(r"[\d.]+(?=[ \]])", whole.split(end)[1])]
+    assert moved[:2] == [0, 0]
+    assert min(moved[2:]) > 0.001
