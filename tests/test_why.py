@@ -1,6 +1,7 @@
 """Why: tasks that are made up do what they say, and what is told of them follows from the runs."""
 
 import json
+import pathlib
 
 import chex
 import jax
@@ -10,6 +11,7 @@ import optax
 import pytest
 
 import depthsmooth as ds
+from benchmarks import results
 from benchmarks.quality import plan
 from benchmarks.quality.aligned import DEVIATION, Aligned
 from benchmarks.quality.arms import Arm
@@ -316,6 +318,13 @@ def test_the_section_says_what_was_measured(tmp_path):
     assert "| equal curvature | 1.01 to 1.10 | -1.00 | -1.00 | 1.10 | no |" in text
     assert why.section(evidence, {}, []).count("|") < text.count("|")
     assert why.section([], {}, []) == ""
+
+
+def test_the_page_on_signal_shows_by_how_much_the_formulas_fail():
+    evidence, _ = gather(results.DIRECTORY / "quality")
+    found = why.settings(evidence, why.read(results.DIRECTORY / "signal"))
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "signal.md").read_text()
+    assert len(found) < why.FEWEST or why.formulas(found) in page
 
 
 def test_nothing_has_run_on_a_gpu_until_it_has(monkeypatch):

@@ -28,6 +28,8 @@ KINDS = {
 STARTS = ("independent", "equal", "permuted")
 FORETOLD = 0.7, 0.05
 """The rank correlation and the largest wrong promise at which a formula would be of use."""
+FEWEST = 5
+"""Settings from which on a correlation is told."""
 
 Signals = Mapping[str, Measured]
 """What was measured over training, by task."""
@@ -202,8 +204,24 @@ def _noise(evidence: Sequence[Evidence]) -> str:
 
 def _formulas(evidence: Sequence[Evidence], signals: Signals) -> str:
     found = settings(evidence, signals)
-    if len(found) < 5:
+    if len(found) < FEWEST:
         return ""
+    gained = [each.gained for each in found]
+    return (
+        "**What would foretell it?** With S and E the inner products of signals and of noise, "
+        "equal curvature in all directions and the best rate, an operator A would have the "
+        "efficiency (tr AS)² / tr A(S+E)Aᵀ · tr(S+E) / (tr S)²; with the curvature H that two "
+        "Hessian-vector products measure along an update u, ⟨μ, Au⟩² / ⟨Au, HAu⟩ over the same of "
+        f"u. Here they are beside what the window gained in {len(found)} settings (a task, a base "
+        f"optimizer and an α), each at its best rate: {100 * min(gained):+.1f} % to "
+        f"{100 * max(gained):+.1f} % of the base's loss. Of use would be a rank correlation of "
+        f"{FORETOLD[0]:g}, and never a gain of {100 * FORETOLD[1]:g} % where there is harm:\n\n"
+        + formulas(found)
+    )
+
+
+def formulas(found: Sequence[Setting]) -> str:
+    """What two formulas foretell beside what training gained, in Markdown."""
     gained = [each.gained for each in found]
     rows = []
     for name, title in (("simple", "equal curvature"), ("curved", "measured curvature")):
@@ -221,25 +239,8 @@ def _formulas(evidence: Sequence[Evidence], signals: Signals) -> str:
                 "yes" if is_of_use(foretold, gained) else "no",
             ]
         )
-    header = [
-        "efficiency with",
-        "foretold",
-        "correlation",
-        "of ranks",
-        "most, where it did harm",
-        "of use",
-    ]
-    return (
-        "**What would foretell it?** With S and E the inner products of signals and of noise, "
-        "equal curvature in all directions and the best rate, an operator A would have the "
-        "efficiency (tr AS)² / tr A(S+E)Aᵀ · tr(S+E) / (tr S)²; with the curvature H that two "
-        "Hessian-vector products measure along an update u, ⟨μ, Au⟩² / ⟨Au, HAu⟩ over the same of "
-        f"u. Here they are beside what the window gained in {len(found)} settings (a task, a base "
-        f"optimizer and an α), each at its best rate: {100 * min(gained):+.1f} % to "
-        f"{100 * max(gained):+.1f} % of the base's loss. Of use would be a rank correlation of "
-        f"{FORETOLD[0]:g}, and never a gain of {100 * FORETOLD[1]:g} % where there is harm:\n\n"
-        + table(header, rows)
-    )
+    header = ["efficiency with", "foretold", "correlation", "of ranks", "most where it did harm"]
+    return table([*header, "of use"], rows)
 
 
 def is_of_use(foretold: Sequence[float], gained: Sequence[float]) -> bool:
