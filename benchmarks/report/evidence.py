@@ -91,10 +91,11 @@ class Evidence:
     def environment(self) -> str:
         """Device, versions and dates of the runs."""
         study = self.study
+        size, arms = (study.layers, study.steps, study.observed), study.complete(self.results)
         lines = [
             line
             for run, line in self.results.lines.items()
-            if (run.layers, run.steps, run.observed) == (study.layers, study.steps, study.observed)
+            if (run.layers, run.steps, run.observed) == size and run.arm in arms
         ]
 
         def said(name: str) -> str:
