@@ -159,6 +159,18 @@ def test_noise_that_layers_share_is_no_signal():
     assert told["w"].share.low <= 0 <= told["w"].share.high
 
 
+def test_nothing_is_measured_of_nothing_and_gradients_of_what_is_are_finite():
+    """Also where no signal is seen, whose estimate is below 0 in some layer."""
+    depth = ds.Depth.from_rules({"layers": 0})
+    assert ds.depth_signal({}, ds.Depth.from_rules({})) == {}
+    noise = {"layers": jax.random.normal(jax.random.key(0), (4, 6, 3))}
+    told = ds.depth_signal(noise, depth)["layers"]
+    assert (jnp.diagonal(told.signal) < 0).any()
+    for name in ("share", "signal_cosine", "noise_cosine"):
+        slope = jax.grad(lambda g, name=name: getattr(ds.depth_signal(g, depth)["layers"], name)[0])
+        assert jnp.isfinite(slope(noise)["layers"]).all()
+
+
 def test_layers_that_lack_a_tensor_have_nothing_there():
     gradients = {"layers": {"0": jnp.ones((4, 2)), "1": optax.MaskedNode(), "2": jnp.ones((4, 2))}}
     whole = {"layers": {str(k): jnp.ones(2) for k in range(3)}}

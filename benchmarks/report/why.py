@@ -53,7 +53,7 @@ def cosines(
     Tensors of a kind and times are pooled: sums of products over sums of norms.
     """
     told = []
-    for (of_base, _), line in sorted(measured.lines.items()):
+    for line in measured.of(base):
         sums = [
             values
             for time in line["times"]
@@ -61,7 +61,7 @@ def cosines(
             for name, values in time["tensors"].items()
             if re.fullmatch(KINDS[kind], name)
         ]
-        if of_base == base and sums:
+        if sums:
             pairs, sizes, noise, noise_sizes, trace, noise_trace = np.sum(sums, 0)
             told.append([pairs / sizes, noise / noise_sizes, trace / (trace + noise_trace)])
     return np.array(told).reshape(-1, 3)
@@ -90,7 +90,7 @@ def settings(evidence: Sequence[Evidence], signals: Signals) -> list[Setting]:
     for each in evidence:
         measured = signals.get(each.task)
         for base in each.study.bases if measured and each.study.name == "grid" else ():
-            lines = [line for (of, _), line in measured.lines.items() if of == base]
+            lines = measured.of(base)
             loss = each.values(Arm(base)).mean()
             for index, alpha in enumerate(ALPHAS):
                 arm = Arm(base, alpha=alpha)

@@ -16,10 +16,8 @@ from benchmarks.quality import plan
 from benchmarks.quality.arms import Arm, Base
 from benchmarks.quality.runs import Results
 from benchmarks.signal import samples
-from benchmarks.signal.kept import Measured
+from benchmarks.signal.kept import SEEDS, Measured
 from benchmarks.signal.training import measure
-
-SEEDS = range(5)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

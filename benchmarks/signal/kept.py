@@ -13,6 +13,9 @@ import jax
 from benchmarks import results
 from benchmarks.quality.arms import Base
 
+SEEDS = tuple(range(5))
+"""Those that are measured, all of which have to be there for anything to be told."""
+
 
 class Measured:
     """The measurements of one task: reads those that are there, and adds others.
@@ -31,6 +34,12 @@ class Measured:
         self.lines: dict[tuple[Base, int], dict[str, Any]] = {
             (line["base"], line["seed"]): line for line in lines
         }
+
+    def of(self, base: Base) -> list[dict[str, Any]]:
+        """The lines of all seeds; none while some are missing."""
+        if not all(self.has(base, seed) for seed in SEEDS):
+            return []
+        return [self.lines[base, seed] for seed in SEEDS]
 
     def has(self, base: Base, seed: int) -> bool:
         """Whether a run is there."""

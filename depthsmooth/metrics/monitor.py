@@ -74,7 +74,8 @@ def monitor_depth(
         the two halves of each batch. The monitor comes first in a chain, which gets the mean of
         the two gradients, and ``update`` gets one of them: ``tx.update(gradients, state, params,
         half_gradients=first)``. What is told is a mean that forgets: of about the last 100
-        measurements.
+        measurements. It is wrong behind what changes gradients, such as clipping, and in
+        ``optax.MultiSteps``, which gives the mean of several batches.
       where: which of the leaves that ``depth`` places count.
       axis_name: in ``jax.shard_map``, the mesh axis that layers are split over.
 

@@ -129,6 +129,8 @@ def _signals_of(
 ) -> dict[str, DepthSignal]:
     places = places_of(jax.tree.map(lambda leaf: leaf[0], gradients), depth, where)
     leaves = {path: upcast(leaf) for path, leaf in leaves_of(gradients)[0] if path in places}
+    if not leaves:
+        return {}
     products = products_of(places, by, axis_name)
     mean = {path: leaf.mean(0) for path, leaf in leaves.items()}
     count = len(next(iter(leaves.values())))
@@ -272,7 +274,8 @@ def _with_intervals(signals: jax.Array, noises: jax.Array) -> DepthSignal:
 
 def _neighbours(products: jax.Array) -> jax.Array:
     """The mean cosine of neighbours, of each matrix of (..., L, L)."""
-    sizes = jnp.sqrt(jnp.maximum(jnp.diagonal(products, axis1=-2, axis2=-1), 0))
+    squares = jnp.diagonal(products, axis1=-2, axis2=-1)
+    sizes = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
     pairs = jnp.diagonal(products, 1, -2, -1)
     return ratio(pairs.sum(-1), (sizes[..., 1:] * sizes[..., :-1]).sum(-1))
 
